@@ -1,4 +1,5 @@
-"""LoRA adapters for a model folder: fresh ones, or trained ones merged into a new folder.
+"""LoRA adapters for a model folder: fresh ones, or trained ones merged into a new folder, as
+`mllama lora merge` does.
 
 python scripts/convert_lo_ra.py adapt MODEL adapters.safetensors --rank 8 --targets q_proj v_proj
 python scripts/convert_lo_ra.py merge MODEL adapters.safetensors MERGED
@@ -10,8 +11,7 @@ from pathlib import Path
 
 import mllama
 from mllama import cli
-from mllama.checkpoints.files import write_folder
-from mllama.checkpoints.hub import find_folder
+from mllama.cli.lora import merge
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,20 +59,8 @@ def _adapt(given: argparse.Namespace) -> None:
 
 
 def _merge(given: argparse.Namespace) -> None:
-    target = Path(given.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder")
-    source = find_folder(given.model)
-    model = mllama.MllamaForConditionalGeneration.from_pretrained(source)
-    parts = [model]
-    try:
-        parts.append(mllama.load_processor(source))
-    except FileNotFoundError as error:
-        print(f"convert_lo_ra: no tokenizer or processor is written: {error}", file=sys.stderr)
-    mllama.load_lora(model, given.adapters)
-    mllama.merge_and_unload(model)
-    write_folder(target, lambda aside: [part.save_pretrained(aside) for part in parts])
-    print(f"{target}: the {model.config.model_type} with its adapters merged")
+    merged = merge(given.model, given.adapters, Path(given.target))
+    print(f"{given.target}: the {merged.config.model_type} with its adapters merged")
 
 
 if __name__ == "__main__":

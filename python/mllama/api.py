@@ -12,9 +12,8 @@ import torch
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
 from mllama.device import dtype_name, dtype_named
-from mllama.lora.loading import load_lora
-from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
-from mllama.lora.peft import adapted_model
+from mllama.lora.loading import load_adapters
+from mllama.lora.reading import Paths, find_base
 from mllama.lora.state import merge_and_unload
 from mllama.model.offload import check_gpu_layers, offload
 from mllama.processing.auto import load_preprocessor, processor_of
@@ -51,7 +50,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     reference: str = "meta",
-    adapter: str | os.PathLike | None = None,
+    adapter: Paths | None = None,
     weights: str | None = None,
     gpu_layers: int | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
@@ -70,12 +69,14 @@ def load(
         device: a torch device. "auto" is the first CUDA device, else the CPU.
         reference: which implementation of Llama-3.2-Vision to follow, "meta" or "hf". Other
             families ignore it.
-        adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
+        adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them. Several
+            by name, {"name": path}: the first is used until `mllama.activate_lora` says otherwise.
         weights: pack the weights for inference: a format of `mllama.optimize`; "file", the file's
             own types, such as GGUF's blocks; "auto", "file" with float32 as dtype, where the model
-            can be packed and is on the CPU; or "none". Adapters are merged first, which "file" does
-            not allow. Default: as a folder of packed weights (`mllama quantize`) says, else not
-            packed, so that the model can be trained and saved.
+            can be packed and is on the CPU; or "none". An adapter is merged first, which "file"
+            does not allow; several by name stay beside packed weights. Default: as a folder of
+            packed weights (`mllama quantize`) says, else not packed, so that the model can be
+            trained and saved.
         gpu_layers: for a model that does not fit a GPU: how many of the decoder's first layers have
             their weights there. Those of the others stay in the host's memory and are copied, two
             layers at a time, while the layer before computes, in every pass. For inference.
@@ -105,7 +106,7 @@ def load_quietly(
     dtype: str | torch.dtype,
     device: str | torch.device,
     reference: str = "meta",
-    adapter: str | os.PathLike | None = None,
+    adapter: Paths | None = None,
     weights: str | None = None,
     progress: Progress | None = None,
     gpu_layers: int | None = None,
@@ -125,7 +126,7 @@ def load_quietly(
             options["reference"] = reference
         dtype = opened.resolve_dtype(dtype, place)
         weights = choose_weights(weights, opened.packing, place, adapter is not None)
-        packed = None if adapter is not None else weights
+        packed = weights if adapter is None or isinstance(adapter, Mapping) else None
         model, _ = load_opened(found, opened, dtype, place, weights=packed, **options)
     _adapt(model, adapter, weights)
     offload(model, gpu_layers, place)
@@ -137,7 +138,7 @@ def open_session(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     reference: str = "meta",
-    adapter: str | os.PathLike | None = None,
+    adapter: Paths | None = None,
     weights: str | None = AUTO,
     progress: Progress | None = None,
     draft_model: str | os.PathLike | None = None,
@@ -171,7 +172,8 @@ def open_session(
         processor = None if beyond_session(settings) else _core_processor(folder)
         if processor is not None:
             check_settings(where, settings)
-            packed = None if own_adapter is not None else weights
+            mapped = isinstance(own_adapter, Mapping)
+            packed = weights if own_adapter is None or mapped else None
             loaded_as = dtype_named(opened.resolve_dtype(dtype, place))
             check_gpu_layers(gpu_layers, place, True)
             model = load_core(opened, loaded_as, place, reference, packed, progress, gpu_layers)
@@ -202,35 +204,30 @@ def _core_processor(folder: Path) -> Any:
         return None
 
 
-def _adapt(model: Any, adapter: str | os.PathLike | None, weights: str | None) -> None:
-    """Load adapters, if any; weights that shall be packed are packed with the adapters in them."""
+def _adapt(model: Any, adapter: Paths | None, weights: str | None) -> None:
+    """Load adapters, if any. Weights that shall be packed are packed with one adapter in them;
+    several by name stay beside them.
+    """
     if adapter is None:
         return
-    if packing_of(model) is not None:
+    beside = isinstance(adapter, Mapping)  # of which any may be used, so that none is merged
+    if packing_of(model) is not None and not beside:
         raise ValueError(
             "packed weights take no adapter: give the model that they were packed from, with "
             "adapter and weights"
         )
-    load_lora(model, adapter)
-    if weights is not None:
+    load_adapters(model, adapter)
+    if weights is not None and not beside:
         optimize(merge_and_unload(model), weights)
 
 
 def _find_adapted(
-    path: str | os.PathLike | None, adapter: str | os.PathLike | None
-) -> tuple[Path, str | os.PathLike | None]:
+    path: str | os.PathLike | None, adapter: Paths | None
+) -> tuple[Path, Paths | None]:
     """The model's files and the adapters to load. A folder of adapters names its base model."""
-    if not isinstance(adapter, (str, os.PathLike, type(None))):
-        raise TypeError(f"adapter must be a str, a path or None, got {type(adapter).__name__}")
     folder = find_model(path)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return folder, adapter
-    if adapter is not None:
-        raise ValueError(
-            f"{folder} holds adapters, and adapter names others: give the model's own folder with "
-            "one of them"
-        )
-    return find_model(adapted_model(folder)), folder
+    base, adapters = find_base(folder, adapter)
+    return folder if base is None else find_model(base), adapters
 
 
 def find_model(path: str | os.PathLike | None) -> Path:

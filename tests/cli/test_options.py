@@ -6,6 +6,7 @@ import pytest
 
 from mllama.cli import _parser
 
+TRAINING = ["--max-steps", "1", "--rank", "2", "--dtype", "float32"]
 TEXT = ["--dtype", "float32", "--max-new-tokens", "2"]
 
 
@@ -33,6 +34,7 @@ class Recorder(argparse.Namespace):
         ("quantize", ["LLAMA", "TARGET"]),
         ("inspect", ["LLAMA"]),
         ("verify", ["MLLAMA"]),
+        ("train", ["--data", "ROWS", "--output", "TARGET", "--model", "LLAMA", *TRAINING]),
         ("info", []),
     ],
 )
@@ -47,8 +49,13 @@ def test_every_option_is_read(
         "download",
         "convert",
         "quantize",
+        "lora",
         "inspect",
+        "inspect-labels",
         "verify",
+        "plan",
+        "train",
+        "eval",
         "info",
     }
     recorded = []
@@ -64,7 +71,9 @@ def test_every_option_is_read(
         "MLLAMA": family_folder("mllama"),
         "TARGET": tmp_path / "new",
         "IMAGE": image_file,
+        "ROWS": tmp_path / "rows.jsonl",
     }
+    given["ROWS"].write_text('{"question": "a", "answer": "b"}\n')
     assert run(command, *(given.get(word, word) for word in words), stdin="a\n")[0] == 0
     options = {action.dest for action in commands[command]._actions} - {"help"}
     assert options and options - recorded[0].read == set()

@@ -103,11 +103,16 @@ def test_a_folder_of_class_folders(tmp_path):
     assert examples[3].where == "d, row 4 (red cat/1.png)"
     with pytest.raises(ValueError, match="question"):
         open_examples(tmp_path / "d")
+    (tmp_path / "d" / "cat").symlink_to(tmp_path / "d" / "red cat")
+    assert len(open_examples(tmp_path / "d", question="What?")) == 6
+    (tmp_path / "d" / "cat").unlink()
     (tmp_path / "d" / "dog" / "notes.txt").write_text("x")
+    (tmp_path / "d" / "dog" / "again").symlink_to(tmp_path / "d")  # a circle
     (tmp_path / "d" / "0.png").write_bytes(PNG)
     examples = open_examples(tmp_path / "d", question="What?", skip_bad_rows=True)
-    assert len(examples) == 4 and len(examples.bad_rows) == 2
-    assert "notes.txt" in examples.bad_rows[1] and "0.png" in examples.bad_rows[0]
+    assert len(examples) == 4 and len(examples.bad_rows) == 3
+    for name, reason in zip(("0.png", "dog/again", "notes.txt"), examples.bad_rows, strict=True):
+        assert name in reason
 
 
 def test_the_datasets_library(tmp_path):
@@ -143,6 +148,29 @@ def test_the_datasets_library(tmp_path):
     for split in (None, "dev"):
         with pytest.raises(ValueError, match="split must be one of train, test"):
             open_examples(tmp_path / "splits", split=split)
+
+
+def test_an_id_on_the_hub(tmp_path, monkeypatch):
+    data.write_images(tmp_path)
+    rows = [data.TWO_IMAGES | {"images": ["1.png", "2.png"]}]
+    splits = {"train": datasets.Dataset.from_list(rows, split="train")}
+    asked = []
+
+    def load(name, split=None):
+        asked.append((name, split))
+        if name == "no/such":
+            raise ConnectionError("no\nnetwork")
+        return datasets.DatasetDict(splits) if split is None else splits[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for split in (None, "train"):
+        examples = open_examples("someone/photos", image_folder=tmp_path, split=split)
+        assert examples[0].where == "someone/photos, row 1" and asked[-1][1] == split
+        assert parts(examples[0].messages[0], tmp_path)[:2] == [b"1.png", b"2.png"]
+    with pytest.raises(ValueError, match="image_folder"):
+        open_examples("someone/photos")[0]
+    with pytest.raises(ValueError, match="no/such: no network"):
+        open_examples("no/such")
 
 
 def test_several_right_answers(tmp_path):

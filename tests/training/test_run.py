@@ -160,11 +160,18 @@ def test_other_ways_to_train_learn_too(settings, changes):
     assert all(torch.equal(own[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("changes", [{"workers": 2}, {"gradient_checkpointing": True}])
-def test_what_does_not_change_the_numbers(settings, tmp_path, changes):
+@pytest.mark.parametrize("name", ["workers", "gradient_checkpointing", "cache_features"])
+def test_what_does_not_change_the_numbers(settings, tmp_path, name):
+    value = {
+        "workers": 2,
+        "gradient_checkpointing": True,
+        "cache_features": str(tmp_path / "files"),
+    }
     trained(settings)
-    trained(replaced(settings, output=str(tmp_path / "other"), **changes))
-    assert log_of(tmp_path / "run") == log_of(tmp_path / "other")
+    trained(replaced(settings, output=str(tmp_path / "other"), **{name: value[name]}))
+    pairs = zip(log_of(tmp_path / "run"), log_of(tmp_path / "other"), strict=True)
+    assert all(one == pytest.approx(other, rel=1e-5) for one, other in pairs)
+    assert (name == "cache_features") == any((tmp_path / "files").glob("**/*.safetensors"))
 
 
 def test_method_full_writes_a_model_that_loads(settings):
@@ -252,5 +259,8 @@ def test_the_summary_of_the_command(settings, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", str(path), "--max-steps", "2", "--resume"]) == 0
     out = capsys.readouterr().out
     assert f"--adapter {tmp_path / 'run/adapter'}" in out and "2 of 2" in out
+    assert cli.main(["train", str(path), "--check", "--json"]) == 0
+    assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
+    assert cli.main(["train", str(path), "--check", "--resume"]) == 2
     assert cli.main(["train", str(path), "--rank", "many"]) == 2
     assert "--rank must be" in capsys.readouterr().err

@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
-from mllama.train.keys import add_flag, of_flag
-from mllama.train.settings import TrainSettings, keys, load_settings
+from mllama.train.keys import add_flag, default_text, of_flag
+from mllama.train.run import FREE
+from mllama.train.settings import GROUPS, TrainSettings, keys, load_settings
 
 
 @pytest.fixture
@@ -83,6 +86,12 @@ def test_every_default_is_of_its_key():
         ("min_learning_rate: 1.0", "min_learning_rate"),
         ("warmup: 1.5", "warmup"),
         ("run_name: x", "run_name"),
+        ("samples: 9", "samples"),
+        ("adapter: x\ntrained_modules: [projector]", "trained_modules"),
+        ("shard: true", "dtype"),
+        ("shard: true\ndtype: float16", "dtype"),
+        ("shard: true\ndtype: bfloat16\nweights: int8", "weights"),
+        ("shard: true\ndtype: bfloat16\ncache_features: x", "cache_features"),
         ("rank: 4\nrank: 8", "repeated"),
         ("a: &x [1]\nb: *x", "aliases"),
         ("rank: !!python/object/apply:os.system [true]", "line 2"),
@@ -114,3 +123,14 @@ def test_files_that_do_not_exist(config, tmp_path):
         name = text.rpartition("\n")[2].partition(":")[0]
         with pytest.raises(FileNotFoundError, match=f"{name}: no such"):
             load_settings(config(text))
+
+
+def test_the_page_has_every_key_with_its_default():
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", page.partition("## Keys")[2], re.M)
+    assert rows == [
+        (name, default_text(field), field.metadata["what"]) for name, field in keys().items()
+    ]
+    assert re.findall(r"^### (.*)$", page, re.M) == [name.capitalize() for name in GROUPS.values()]
+    free = page.partition("changed keys by name")[2].partition(".")[0]
+    assert tuple(re.findall(r"`(\w+)`", free)) == FREE

@@ -1,6 +1,7 @@
-"""Options that several commands share. Imports argparse only."""
+"""Options that several commands share. Imports argparse and os only."""
 
 import argparse
+import os
 
 from mllama.cli._arguments import add_drafts, add_placed, number, some_text
 
@@ -10,10 +11,10 @@ KV_CACHES = ("int8", "bf16", "f16", "f32")  # nn.kv_cache's CACHE_DTYPES
 WEIGHTS = ("auto", "none", "file", "int4", "int8", "bf16", "f16", "f32")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --adapter and what `add_device` adds."""
+def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add --model, --adapter (several of them) and what `add_device` adds."""
     add_name(parser)
-    add_adapter(parser)
+    add_adapters(parser) if several else add_adapter(parser)
     add_device(parser)
 
 
@@ -22,8 +23,35 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="PATH",
-        help="LoRA adapters for the model: a file of mllama.save_lora, or a PEFT folder",
+        help="a LoRA adapter for the model: a file of mllama.save_lora, or a PEFT folder",
     )
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Add --adapter, which may be given several times with names."""
+    parser.add_argument(
+        "--adapter",
+        metavar="[NAME=]PATH",
+        action=_Adapters,
+        help="a LoRA adapter for the model: a file of mllama.save_lora, or a PEFT folder; several "
+        "with names, of which the first is used until /adapter NAME",
+    )
+
+
+class _Adapters(argparse.Action):
+    """One path, or paths by name."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        name, equals, path = str(values).partition("=")
+        before = getattr(namespace, self.dest)
+        if before is None and (not equals or os.path.exists(values)):
+            setattr(namespace, self.dest, values)
+            return
+        if not equals or not name or not path or isinstance(before, str) or name in (before or {}):
+            raise argparse.ArgumentError(
+                self, f"several adapters need different names, as NAME=PATH, got {values!r}"
+            )
+        setattr(namespace, self.dest, {**(before or {}), name: path})
 
 
 def add_name(parser) -> None:

@@ -6,6 +6,7 @@ from mllama import __version__
 from mllama.cli._arguments import Parser, add_command, add_placed, number, some_text
 from mllama.cli._data_arguments import add_inspect_labels
 from mllama.cli._evaluation import add_eval, add_plan
+from mllama.cli._lora_arguments import add_lora
 from mllama.cli._options import (
     DTYPES,
     WEIGHTS,
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_download,
         _add_convert,
         _add_quantize,
+        add_lora,
         _add_inspect,
         add_inspect_labels,
         _add_verify,
@@ -85,7 +87,7 @@ def _add_chat(commands) -> None:
         nargs="*",
         help="image files; without one the conversation is text only",
     )
-    add_model(parser)
+    add_model(parser, several=True)
     add_answering(parser, "print one JSON object per answer, one per line")
 
 
@@ -160,6 +162,7 @@ def _add_convert(commands) -> None:
         help="hf: the family's own format; llava: the same, rejected for other models; gguf: "
         "the decoder, for llama.cpp",
     )
+    add_adapter(parser)
     kinds = (
         f"for a folder {', '.join(DTYPES)} (default: auto, as in IN); for gguf "
         f"{', '.join(GGUF_DTYPES)} (default: f16)"

@@ -12,7 +12,7 @@ def add_train(commands) -> None:
     parser = add_command(
         commands, "train", "fine-tune a model on conversations about images, by LoRA or in full"
     )
-    parser.usage = "mllama train [CONFIG.yaml] [--resume | --check] [--json] [--KEY VALUE ...]"
+    parser.usage = "mllama train [CONFIG.yaml] [--resume] [--json] [--KEY VALUE ...]"
     parser.epilog = (
         "Every key of CONFIG is a flag, too; flags replace keys. Keys without a value here keep "
         "their default. docs/training.md describes them."
@@ -28,8 +28,7 @@ def add_train(commands) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="do not train: check labels, gradients, frozen parameters, and that the first rows "
-        "can be learned; exit code 1 if a check fails",
+        help="only check, on one batch: labels, gradients, frozen weights, whether it is learned",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_settings(parser)

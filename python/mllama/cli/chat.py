@@ -11,6 +11,7 @@ from mllama.api import say_loaded
 from mllama.checkpoints.files import write_file, write_json
 from mllama.cli import complain
 from mllama.cli._answering import Loaded, facts, load_session, read_images, reply
+from mllama.lora.named import activate_lora
 from mllama.processing.preprocessors import Preprocessor
 from mllama.runtime.checks import check_room
 from mllama.runtime.questions import as_messages, check_images, check_system, encode, tokenizer_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HELP = """\
 /image PATH   start a new conversation about this image
 /system TEXT  use this system prompt from the next question on; without TEXT, none
+/adapter NAME answer with this one of the adapters that --adapter NAME=PATH named
 /reset        forget the conversation
 /save FILE    write the conversation as JSON
 /help         show this list
@@ -102,6 +104,7 @@ class _Talk:
         """
         rest = rest.strip()
         takes = {
+            "/adapter": True,
             "/image": True,
             "/save": True,
             "/system": None,
@@ -112,7 +115,9 @@ class _Talk:
         if name not in takes:
             raise ValueError(f"there is no command {name[:40]}: /help lists them")
         if takes[name] is not None and takes[name] != bool(rest):
-            wanted = {"/save": "a FILE", "/image": "a PATH"}.get(name, "nothing after it")
+            wanted = {"/save": "a FILE", "/image": "a PATH", "/adapter": "a NAME"}.get(
+                name, "nothing after it"
+            )
             raise ValueError(f"{name} takes {wanted}")
         if name == "/image":
             path = rest[1:-1] if rest[0] == rest[-1] and rest[0] in "'\"" else rest
@@ -120,6 +125,9 @@ class _Talk:
                 raise ValueError("/image takes a PATH: stdin is where questions come from")
             self.show([path], read_images(self.arguments, [path]))
             _note(f"a new conversation about {path}")
+        elif name == "/adapter":
+            activate_lora(self.session.model, rest)
+            _note(f"answers come from the adapter {rest}")
         elif name == "/system":
             self.instruct(rest or None)
             _note("a new system prompt" if rest else "no system prompt")

@@ -16,6 +16,8 @@ from mllama.hf.checkpoints import load_opened
 from mllama.hf.models import model_class
 from mllama.hf.names import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from mllama.hf.processors.auto import load_processor
+from mllama.lora.loading import load_lora
+from mllama.lora.state import merge_and_unload
 from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (
@@ -44,6 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.to == "llava" and kind != "llava":
             raise ValueError(f"{source} holds a {kind}, which cannot be written as LLaVA. {_LLAVA}")
         model, _ = load_opened(model_class(opened.spec), opened, "auto" if to_gguf else dtype)
+    if arguments.adapter is not None:
+        load_lora(model, arguments.adapter)
+        model = merge_and_unload(model)
     processor = _processor(source, required=to_gguf)
     if to_gguf:
         _write_gguf(model, processor, target, dtype)

@@ -16,8 +16,8 @@ _BAD_ROWS = 10  # that the summary names
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train and print a summary, or check the run. Returns 0; 1 if a check fails; 128 + the number
-    of the signal that stopped the run (130 for Ctrl-C, 143 for SIGTERM).
+    """Train and print a summary. Returns 0, or 128 + the number of the signal that stopped the run
+    (130 for Ctrl-C, 143 for SIGTERM). With --check 1 if a check fails.
     """
     settings = load_settings(arguments.config, given_settings(arguments))
     if arguments.check:
@@ -43,14 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(settings: TrainSettings, arguments: argparse.Namespace) -> int:
-    """Check a run instead of starting it."""
     if arguments.resume:
-        raise ValueError("--check starts no run that --resume could continue: give one of them")
+        raise ValueError("--check begins no run, so there is none to --resume")
     checks = run_checks(settings)
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks]))
     else:
-        print(*checks, sep="\n")
+        print("\n".join(map(str, checks)))
     return 0 if all(check.passed for check in checks) else 1
 
 

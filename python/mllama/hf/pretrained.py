@@ -17,11 +17,12 @@ from mllama.config.checks import check_choice
 from mllama.families import stock_prefixes
 from mllama.hf.built import check_built
 from mllama.hf.configs import NO_PREDICTIONS
+from mllama.hf.peft_config import PeftConfigMixin
 from mllama.lora.adapters import own_adapters
 from mllama.lora.layer import lora_layers
-from mllama.lora.loading import load_lora
-from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
+from mllama.lora.loading import load_adapters
 from mllama.lora.peft import adapted_model, is_peft
+from mllama.lora.reading import saved_adapters
 from mllama.lora.saving import save_adapter_folders
 from mllama.lora.state import merge_and_unload
 from mllama.nn.checkpointing import CheckpointedLayer
@@ -53,7 +54,7 @@ def own_config(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-class PretrainedMixin(_Model):
+class PretrainedMixin(PeftConfigMixin, _Model):
     """`from_pretrained`, `save_pretrained` and `load_state_dict` of a PreTrainedModel, for every
     format of `mllama.checkpoints`.
     """
@@ -124,10 +125,10 @@ class PretrainedMixin(_Model):
             if name in HUB_OPTIONS and value is not None
         }
         folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
-        if (folder / ADAPTER_CONFIG).is_file():
+        if adapters := saved_adapters(folder):
             asked.pop("revision", None)  # it is the adapters'
-            model = cls.from_pretrained(adapted_model(folder), **asked)
-            load_lora(model, folder)
+            model = cls.from_pretrained(adapted_model(next(iter(adapters.values()))), **asked)
+            load_adapters(model, adapters)
             return model if weights is None else optimize(merge_and_unload(model), weights)
         where = "cpu" if device_map is None else device_map
         loaded: Any = load_model(cls, folder, config, dtype, where, fields, **own)

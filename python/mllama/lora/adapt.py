@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from mllama.checkpoints.files import listing
-from mllama.lora.adapter import DEFAULT, check_adapter, check_name, parts_of
-from mllama.lora.convert import Options, adaptable_layers, put_adapters, tied_layers
+from mllama.lora.adapter import DEFAULT, Options, check_adapter, check_name, parts_of
+from mllama.lora.convert import adaptable_layers, put_adapters, tied_layers
 from mllama.lora.layer import Linear_LORA, lora_layers
 from mllama.lora.scopes import find_targets, ranked
 from mllama.nn.wrappers import is_sharded, plain_name
@@ -120,7 +120,8 @@ def adapt(
     own_alphas = ranked(list(chosen), alphas, "alphas")
     options = {}
     for each, own_rank in chosen.items():
-        r, a = own_rank or rank, own_alphas[each] or alpha
+        r = rank if own_rank is None else own_rank
+        a = alpha if own_alphas[each] is None else own_alphas[each]
         check_adapter(r, a)
         options[each] = Options(r, a * math.sqrt(r) if rslora else a, dropout, dora)
     layers = {plain_name(model, each): layer for each, layer in adaptable_layers(model).items()}

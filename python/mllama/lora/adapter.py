@@ -4,7 +4,7 @@ import math
 import numbers
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,15 @@ from mllama.nn.packed import PackedLinear
 DEFAULT = "default"  # name of the adapter of a layer that was converted without one
 # Attributes of an adapter, and of the layer that it is the current one of.
 FIELDS = ("lora_a", "lora_b", "dropout", "lora_magnitude", "rank", "alpha")
+
+
+class Options(NamedTuple):
+    """What a new adapter is made with, see `Linear_LORA`."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    dora: bool = False
 
 
 class Magnitude(nn.Module):
@@ -105,6 +114,12 @@ def name_adapters(
         if part.startswith(f"{current}."):
             state_dict[prefix + part.removeprefix(f"{current}.")] = state_dict.pop(key)
     state_dict |= moved
+
+
+def options_of(adapter: Any) -> Options:
+    """What an `Adapter`, or a layer's current one, was made with."""
+    dora = adapter.lora_magnitude is not None
+    return Options(int(adapter.rank), adapter.alpha, adapter.dropout.p, dora)
 
 
 def matrix_of(linear: nn.Linear | PackedLinear) -> torch.Tensor:

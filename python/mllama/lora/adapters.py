@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mllama.lora import peft
-from mllama.lora.adapter import parts_of
+from mllama.lora.adapter import Options, parts_of
 from mllama.lora.layer import Linear_LORA, lora_layers
 from mllama.nn.wrappers import plain_key, plain_name, unwrapped
 
@@ -27,6 +27,8 @@ class Adapters:
         dropout: of the layers, in training.
         frozen: names in `trained` that were not trained: embedding and head matrices, which PEFT
             writes next to adapters.
+        format: of the file: "mllama", "peft" or "pth".
+        base: the model that the file names.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -34,6 +36,30 @@ class Adapters:
     trained: dict[str, torch.Tensor] = field(default_factory=dict)
     dropout: float = 0.0
     frozen: frozenset[str] = frozenset()
+    format: str = "mllama"
+    base: str | None = None
+
+    def options(self) -> dict[str, Options]:
+        """What each layer's adapter is made with.
+
+        Raises:
+            ValueError: a layer lacks a part, its rank does not fit, or the file has no alphas.
+        """
+        found = {}
+        layers = {
+            parts["name"] or "": key
+            for key in self.tensors
+            if (parts := _KEY.fullmatch(key)) and parts["part"] == "lora_a"
+        }
+        for name, key in layers.items():
+            down, up = self.tensors[key], self.tensors.get(adapter_key(name, "lora_b.weight"))
+            if up is None or down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0]:
+                raise ValueError(f"{name} has no two matrices of one rank")
+            if name not in self.alphas:
+                raise ValueError(f"the file does not say which alpha {name} has")
+            dora = adapter_key(name, "lora_magnitude.weight") in self.tensors
+            found[name] = Options(down.shape[0], self.alphas[name], self.dropout, dora)
+        return found
 
 
 def adapter_key(name: str, part: str) -> str:
@@ -104,6 +130,8 @@ def with_own_names(model: nn.Module, found: Adapters) -> Adapters:
         {own_parameter(name): tensor for name, tensor in found.trained.items()},
         found.dropout,
         frozenset(map(own_parameter, found.frozen)),
+        found.format,
+        found.base,
     )
 
 

@@ -3,23 +3,13 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from mllama.lora.adapter import DEFAULT, check_adapter, matrix_of
+from mllama.lora.adapter import DEFAULT, Options, check_adapter, matrix_of
 from mllama.lora.layer import Linear_LORA, active_name, lora_layers
 from mllama.nn.packed import PackedLinear
-
-
-class Options(NamedTuple):
-    """What a new adapter is made with, see `Linear_LORA`."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    dora: bool = False
-
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

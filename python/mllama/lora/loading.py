@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mllama.checkpoints.files import listing
-from mllama.lora.adapter import DEFAULT, Adapter, check_name, parts_of
+from mllama.lora.adapter import DEFAULT, Adapter, Options, check_name, parts_of
 from mllama.lora.adapters import (
     Adapters,
     adapter_key,
@@ -17,9 +17,9 @@ from mllama.lora.adapters import (
     plain_parameters,
     with_own_names,
 )
-from mllama.lora.convert import Options, adaptable_layers, put_adapters, use_adapter
+from mllama.lora.convert import adaptable_layers, put_adapters, use_adapter
 from mllama.lora.layer import Linear_LORA, active_name
-from mllama.lora.reading import read_adapters
+from mllama.lora.reading import Paths, read_adapters
 from mllama.nn.adapted import note_change
 from mllama.nn.wrappers import gathered, is_sharded, plain_name, put, whole
 from mllama.ops._dispatch import kind
@@ -80,6 +80,20 @@ def load_lora(model: nn.Module, path: str | os.PathLike, name: str | None = None
                 put(parameter, found.trained[each])
                 parameter.requires_grad_(each not in found.frozen)
     note_change()
+
+
+def load_adapters(model: nn.Module, adapters: Paths) -> None:
+    """`load_lora` of one path, or of several by name, of which the first is used afterwards.
+
+    Raises:
+        ValueError: the mapping is empty; else as `load_lora`.
+    """
+    if not isinstance(adapters, Mapping):
+        return load_lora(model, adapters)
+    if not adapters:
+        raise ValueError("adapter: the mapping has no adapters")
+    for name, path in reversed([*adapters.items()]):  # the last one loaded is in use
+        load_lora(model, path, name)
 
 
 def _convert(
@@ -223,6 +237,8 @@ def _check_shared(model: nn.Module, path: Path, found: Adapters, adapter: str) -
 
 
 def _equals(parameter: nn.Parameter, value: torch.Tensor) -> bool:
+    if parameter.is_meta:  # has no values yet
+        return value.shape == parameter.shape
     return value.shape == parameter.shape and torch.equal(value.to(parameter), whole(parameter))
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mllama.lora.adapter import check_name, parts_of
-from mllama.lora.convert import Options, put_adapters, use_adapter
+from mllama.lora.adapter import Options, check_name, parts_of
+from mllama.lora.convert import put_adapters, use_adapter
 from mllama.lora.layer import Linear_LORA, active_name, lora_layers, needed_lora_layers
 from mllama.lora.state import lora_disabled
 from mllama.nn.adapted import adapter_state, name_state, note_change, return_to_state

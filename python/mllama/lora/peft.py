@@ -23,7 +23,7 @@ from mllama.checkpoints.files import (
     write_folder,
     write_json,
 )
-from mllama.lora.adapter import Adapter, check_adapter
+from mllama.lora.adapter import Options, check_adapter
 from mllama.lora.layer import Linear_LORA
 
 CONFIG, ADAPTERS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -176,7 +176,7 @@ def parse(
         if sorted((part.dim() for part in own.values()), reverse=True) != dims
     ]:
         raise ValueError(
-            f"{where}: expected two matrices{' and magnitudes' * (len(dims) > 2)} each for "
+            f"{where}: expected two matrices{' and magnitudes (use_dora)' * (len(dims) > 2)} each for "
             f"{listing(odd)}"
         )
     if (targets := config.get("target_modules")) and not isinstance(targets, str):
@@ -223,7 +223,7 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> A
 
 def write(
     folder: Path,
-    layers: Mapping[str, Linear_LORA | Adapter],
+    layers: Mapping[str, Options],
     tensors: Mapping[str, torch.Tensor],
     trained: Mapping[str, torch.Tensor],
     modules_to_save: Iterable[str],
@@ -234,7 +234,7 @@ def write(
 
     Args:
         folder: created if needed; other files in it are kept.
-        layers: the adapter's parts by name of the layer.
+        layers: what each layer's adapter was made with.
         tensors: NAME.lora_a.weight and NAME.lora_b.weight of each, and DoRA's magnitudes.
         trained: other trained parameters.
         modules_to_save: the modules that they belong to.
@@ -272,7 +272,7 @@ def _peft_key(key: str) -> str:
 
 
 def _config(
-    layers: Mapping[str, Linear_LORA | Adapter],
+    layers: Mapping[str, Options],
     modules_to_save: Iterable[str],
     stock_name: Callable[[str], str],
     base: str | None,
@@ -284,13 +284,13 @@ def _config(
     def both(name: str) -> list[str]:
         return list(dict.fromkeys([name, stock_name(name)]))
 
-    (dora, *mixed) = {layer.lora_magnitude is not None for layer in layers.values()}
+    (dora, *mixed) = {layer.dora for layer in layers.values()}
     if mixed:
         raise ValueError("PEFT's format needs DoRA's magnitudes in all layers or in none")
     rank, alpha, dropout = (
         Counter(values).most_common(1)[0][0]
         for values in zip(
-            *((layer.rank, _number(layer.alpha), layer.dropout.p) for layer in layers.values()),
+            *((layer.rank, _number(layer.alpha), layer.dropout) for layer in layers.values()),
             strict=True,
         )
     )

@@ -1,6 +1,9 @@
 """Reads adapter files and PEFT folders to `Adapters`, with the file's own names."""
 
 import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ from mllama.checkpoints.files import listing
 from mllama.checkpoints.meta.source import MetaSource
 from mllama.checkpoints.sources import SafetensorsSource, open_file
 from mllama.lora import peft
-from mllama.lora.adapter import check_adapter
+from mllama.lora.adapter import DEFAULT, check_adapter, check_name
 from mllama.lora.adapters import Adapters
+
+Paths = str | os.PathLike | Mapping[str, str | os.PathLike]  # one adapter, or several by name
 
 
 def read_adapters(path: Path) -> Adapters:
@@ -34,7 +39,54 @@ def read_adapters(path: Path) -> Adapters:
             f"{path} has no adapters: its {len(tensors)} tensors are "
             f"{listing(list(tensors)[:3])} ..., the weights of a model"
         )
-    return Adapters(tensors, _parse_alphas(path, alphas))
+    pickled = alphas is None and path.suffix != ".safetensors"
+    return Adapters(tensors, _parse_alphas(path, alphas), format="pth" if pickled else "mllama")
+
+
+def find_base(folder: Path, adapters: Paths | None) -> tuple[str | None, Paths | None]:
+    """The base model that a folder of adapters names, and these; None and `adapters` for any other
+    path.
+
+    Raises:
+        TypeError: adapters are no path or paths by name.
+        ValueError: the folder has adapters, and `adapters` names others; it names no base model.
+    """
+    for each in adapters.values() if isinstance(adapters, Mapping) else [adapters]:
+        if not isinstance(each, (str, os.PathLike, type(None))):
+            raise TypeError(f"adapter must be a str, a path or None, got {type(each).__name__}")
+    if not (saved := saved_adapters(folder)):
+        return None, adapters
+    if adapters is not None:
+        raise ValueError(
+            f"{folder} holds adapters, and adapter names others: give the model's own folder with "
+            "one of them"
+        )
+    paths = [*saved.values()]
+    return peft.adapted_model(paths[0]), saved if len(paths) > 1 else paths[0]
+
+
+def saved_adapters(folder: Path) -> dict[str, Path]:
+    """The adapters that a folder was saved with, by name, as PEFT lays them out: "default" in the
+    folder itself, others in folders of their names. A Trainer's checkpoints are none of them.
+    """
+    whole = (folder / "config.json").exists() and not (folder / peft.CONFIG).exists()
+    if whole or not folder.is_dir():
+        return {}
+    inside = [folder] + sorted(path for path in folder.glob("*/") if _may_be_name(path.name))
+    names = [DEFAULT, *(path.name for path in inside[1:])]
+    return {
+        name: path
+        for name, path in zip(names, inside, strict=True)
+        if (path / peft.CONFIG).is_file()
+    }
+
+
+def _may_be_name(name: str) -> bool:
+    try:
+        check_name(name)
+    except ValueError:
+        return False
+    return name != DEFAULT and not re.fullmatch(r"checkpoint-\d+", name)
 
 
 def _file_in(folder: Path) -> Path:
@@ -44,8 +96,10 @@ def _file_in(folder: Path) -> Path:
         raise ValueError(
             f"{folder} has no adapters but a whole model: it has config.json and no {peft.CONFIG}"
         )
+    inside = ", ".join(map(str, saved_adapters(folder).values()))
     raise FileNotFoundError(
         f"{folder} is no file of adapters, and as a folder it has no {peft.CONFIG}"
+        f"{'; there are some in ' * bool(inside)}{inside}"
     )
 
 
@@ -57,7 +111,9 @@ def _parse_peft(folder: Path, path: Path, tensors: dict[str, torch.Tensor]) -> A
     config = peft.read_config(folder)
     tensors, alphas, trained = peft.parse(str(folder), config, tensors)
     frozen = frozenset(name for name in trained if not peft.learns(config, name))
-    return Adapters(tensors, alphas, trained, float(config.get("lora_dropout") or 0.0), frozen)
+    dropout = float(config.get("lora_dropout") or 0.0)
+    base = config.get("base_model_name_or_path") or None
+    return Adapters(tensors, alphas, trained, dropout, frozen, "peft", base)
 
 
 def _open(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from mllama.checkpoints.files import listing, save_tensors, write_file
 from mllama.lora import peft
-from mllama.lora.adapter import DEFAULT, parts_of
+from mllama.lora.adapter import DEFAULT, options_of, parts_of
 from mllama.lora.adapters import adapter_key, part_keys, plain_layers, plain_parameters
 from mllama.lora.layer import Linear_LORA, active_name, holds_adapters, needed_lora_layers
 from mllama.nn.wrappers import gathered, may_write, plain_key, plain_name, unwrapped, whole
@@ -117,8 +117,8 @@ def save_adapter_folder(
         }
         stock_name = getattr(inner, "stock_name", str)
         if may_write(model):
-            adapters = {each: layer.adapters()[name] for each, layer in layers.items()}
-            peft.write(folder, adapters, tensors, trained, modules, stock_name, _base_model(inner))
+            options = {each: options_of(layer.adapters()[name]) for each, layer in layers.items()}
+            peft.write(folder, options, tensors, trained, modules, stock_name, _base_model(inner))
 
 
 def _trained_beside(model: nn.Module, strict: bool) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from torch import nn
 _ROW = 4096  # bytes
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _KNOWN = ("torch.", "mllama.")  # whose changes are counted, or do not matter
+_BASES = (*_KNOWN, "transformers.", "builtins")  # of this package's classes
 
 
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
@@ -49,8 +50,11 @@ def structure(modules: Iterable[nn.Module]) -> tuple:
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether it is another library's module than torch's or this one's."""
-    return not type(module).__module__.startswith(_KNOWN)
+    """Whether it is another library's module than torch's or this one's, or this one's version of
+    such a module.
+    """
+    own, *bases = (kind.__module__ for kind in type(module).__mro__)
+    return not own.startswith(_KNOWN) or not all(base.startswith(_BASES) for base in bases)
 
 
 def versions(module: nn.Module) -> tuple:

@@ -117,7 +117,8 @@ class Collator:
         except MemoryError:
             raise
         except Exception as error:  # templates and images fail in many ways
-            reason = str(error) or type(error).__name__
+            expected = isinstance(error, (ValueError, TypeError, OSError)) and str(error)
+            reason = expected or f"{type(error).__name__}: {error}"
             raise ValueError(f"{example.where}: {reason}") from error
 
     def _encode(self, example: Example) -> EncodedRow:
@@ -146,8 +147,7 @@ class Collator:
         return row
 
     def _inputs(self, messages: list[dict]) -> Any:
-        prefixed = hasattr(self.processor, "image_seq_length") and self._layout.bidirectional
-        if prefixed or self.processor.chat_template is not None:
+        if self._layout.bidirectional or self.processor.chat_template is not None:
             return chat_labels(self.processor, [messages])
         return _plain_form(self.processor, self.tokenizer, messages)
 

@@ -1,7 +1,8 @@
 """Features of a frozen image encoder, kept in files from epoch to epoch and from run to run."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,8 +53,22 @@ class FeatureCache:
         if "pixel_values" not in batch:
             return dict(batch)
         self._check_frozen()
-        with torch.no_grad():  # not inference mode: the decoder's backward pass reads them
+        # Not in inference mode: the decoder's backward pass reads the features.
+        with torch.no_grad(), self._evaluated():
             return self._reader.replace_pixels(batch)
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Context in eval mode, which names of files depend on: both modes have the same ones."""
+        parts = [part for _, module in self._model.encoder_modules() for part in module.modules()]
+        training = [part for part in parts if part.training]
+        for part in training:
+            part.training = False
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True
 
     def _check_frozen(self) -> None:
         for name, module in self._model.encoder_modules():

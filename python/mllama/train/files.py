@@ -155,7 +155,12 @@ class ClassFolders:
 
     def __init__(self, path: Path):
         self._path, self.unread = path, list[str]()
-        self._files = [os.path.relpath(file, path) for file in sorted(_files(path), key=os.fspath)]
+        found = [
+            os.path.join(entry.name, inner.name) if inner else entry.name
+            for entry in _entries(path)
+            for inner in (_entries(entry.path) if entry.is_dir() else [None])
+        ]
+        self._files = sorted(found)
         if not self._files:
             raise ValueError(f"{path} has no folders with images")
 
@@ -168,7 +173,7 @@ class ClassFolders:
     def row(self, index: int) -> Any:
         name = Path(self._files[index])
         if len(name.parts) != 2:
-            raise ValueError("an image must lie in a folder of its class, one level deep")
+            raise ValueError("an image must lie in a folder of its class")
         if name.suffix.lower() not in _suffixes():
             raise ValueError("it is no image by its name")
         return {"image": str(name), "answer": name.parts[0]}
@@ -269,14 +274,8 @@ def _cells(reader: Any, count: int, places: list[int]) -> Iterator[tuple[str | N
             yield tuple(cells[place] or None for place in places)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _files(Path(entry.path))
-        else:
-            yield Path(entry.path)
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
 
 
 def _suffixes() -> set[str]:

@@ -28,7 +28,7 @@ class HubRows:
 
     def __init__(self, source: str | Path, split: str | None):
         self._name = source.name if isinstance(source, Path) else source
-        data = _one_split(_open(source), split, self._name)
+        data = _one_split(_open(source, split), split, self._name)
         columns = [name for name in data.column_names if name in READ]
         self.unread = [name for name in data.column_names if name not in READ]
         if not columns:
@@ -50,7 +50,7 @@ class HubRows:
         return self._data[index].to_pylist()[0]
 
 
-def _open(source: str | Path) -> Any:
+def _open(source: str | Path, split: str | None) -> Any:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
@@ -60,16 +60,16 @@ def _open(source: str | Path) -> Any:
     try:
         if isinstance(source, Path):
             return datasets.load_from_disk(str(source))
-        return datasets.load_dataset(source)
+        return datasets.load_dataset(source, split=split)  # other splits are not downloaded
     except Exception as error:  # of many types: files, formats, the network
         reason = " ".join(str(error).split())[:500]
         raise ValueError(f"cannot open the data set {source}: {reason}") from error
 
 
 def _one_split(data: Any, split: str | None, name: str) -> Any:
-    if hasattr(data, "column_names") and not isinstance(data, dict):
-        if split is not None:
-            raise ValueError(f"split must be None, since {name} has no splits, got {split!r}")
+    if not isinstance(data, dict):
+        if split not in (None, str(data.split)):
+            raise ValueError(f"split must be None or {data.split} for {name}, got {split!r}")
         return data
     if split is None and len(data) == 1:
         return next(iter(data.values()))

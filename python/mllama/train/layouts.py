@@ -72,10 +72,11 @@ class Prepended(ImageLayout):
         return row.num_images * self.spec.tokens_per_image
 
     def join(self, rows: Sequence[Sequence[EncodedRow]], length: int, packed: bool) -> Tensors:
-        first = rows[0][0]
-        before = [one for (one,) in rows if self.tokens_before(one) or not one.images]
-        for one in before:
-            if one.num_images != first.num_images and any(map(self.tokens_before, before)):
+        examples = [one for (one,) in rows]
+        before = [one for one in examples if self.tokens_before(one)]
+        for one in examples if before else ():
+            first = before[0]
+            if self.tokens_before(one) != self.tokens_before(first):
                 raise ValueError(
                     'with fusion="prepend" all rows of a batch must have as many images: '
                     f"{first.where} has {first.num_images}, {one.where} has {one.num_images}; use "

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mllama.nn.wrappers import put, whole
 from mllama.train import random_state
 from mllama.train.batches import Batch, count_tokens, count_trained, load_batches
 from mllama.train.checkpoints import Checkpoint, CheckpointFolder
@@ -19,6 +20,7 @@ from mllama.train.optimizer import load_optimizer_state, optimizer_state
 from mllama.train.prepare import adapter_parameters
 from mllama.train.progress import TrainingProgress, peak_memory
 from mllama.train.setup import Setup
+from mllama.train.sharding import without_sync
 from mllama.train.stopping import Stopping
 
 _LOWEST_SCALE = 1.0  # of the loss in float16; it begins at 65,536
@@ -93,6 +95,7 @@ class Loop:
             )
             counts[2] = stopping.signal or 0
             trained, read, stop = accelerator.reduce(counts, "sum").tolist()
+            self._check_images(step, passes)
             self._step(step, passes, trained)
             self._note(step, trained, read)
             self._check_gradients(step)
@@ -122,7 +125,7 @@ class Loop:
         loss = torch.zeros((), device=setup.device)
         for index, batch in enumerate(passes):
             is_last = index == len(passes) - 1
-            with nullcontext() if is_last else setup.accelerator.no_sync(setup.wrapped):
+            with nullcontext() if is_last else self._without_sync():
                 part = self._forward(batch, num_items_in_batch=trained).loss
                 self._backward(part)
             loss += part.detach()
@@ -131,13 +134,29 @@ class Loop:
             raise ValueError(f"step {step}: the loss is {self.state.loss}; {self._way_out()}")
         self._update(step)
 
+    def _check_images(self, step: int, passes: list[Batch]) -> None:
+        """Processes that share weights have to compute the same layers at the same time."""
+        if self.setup.settings.shard:
+            found = torch.tensor(["pixel_values" in batch for batch in passes], dtype=torch.int64)
+            sums = self.setup.accelerator.reduce(found.to(self.setup.device), "sum")
+            if not bool(((sums == 0) | (sums == self.setup.accelerator.num_processes)).all()):
+                raise ValueError(
+                    f"step {step}: with shard all processes need rows with images, or none does; "
+                    "raise batch_size, or train rows without images apart"
+                )
+
+    def _without_sync(self) -> Any:
+        if self.setup.settings.shard:
+            return without_sync(self.setup.model)
+        return self.setup.accelerator.no_sync(self.setup.wrapped)
+
     def _backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a pass. Maybe nothing that is trained is on its way: an adapted
         encoder, and rows without images.
         """
         setup = self.setup
         processes, reached = setup.accelerator.num_processes, loss.requires_grad
-        if not reached and processes == 1:
+        if not reached and (processes == 1 or setup.settings.shard):  # it is so in all of them
             return
         if not reached:  # the others wait for this process's gradients
             loss = loss + 0 * sum(one.sum() for one in setup.parameters.values())
@@ -157,7 +176,7 @@ class Loop:
         norm = torch.nn.utils.clip_grad_norm_(
             setup.parameters.values(), math.inf if most is None else most
         )
-        self._grad_norm = norm.item()
+        self._grad_norm = whole(norm).item()
         if not math.isfinite(self._grad_norm):
             if not setup.scaler.is_enabled():
                 raise ValueError(f"step {step}: the gradient is not finite; {self._way_out()}")
@@ -257,7 +276,9 @@ class Loop:
         setup.model.eval()
         rows = list(range(len(setup.eval_examples)))
         passes = [rows[start : start + size] for start in range(0, len(rows), size)]
-        own = passes[setup.accelerator.process_index :: setup.accelerator.num_processes]
+        shared, processes = not setup.settings.shard, setup.accelerator.num_processes
+        # Processes that share weights have to compute the same layers at the same time.
+        own = passes[setup.accelerator.process_index :: processes] if shared else passes
         sums = torch.zeros(2, dtype=torch.float64, device=setup.device)
         workers = setup.settings.workers
         for batch in load_batches(setup.eval_examples, setup.collator, own, workers):
@@ -265,6 +286,8 @@ class Loop:
             count = output.num_trained_tokens
             sums += torch.stack((output.loss.double() * count, count.double()))
         total, count = setup.accelerator.reduce(sums, "sum").tolist()
+        if not shared:
+            total, count = total / processes, count / processes
         with self._autocast():
             self.on_evaluation(step)
         setup.model.train()
@@ -289,8 +312,9 @@ class Loop:
             name: setup.accelerator.gather(state.to(setup.device).unsqueeze(0))
             for name, state in random_state.capture().items()
         }
+        tensors, plain = optimizer_state(setup.optimizer, setup.parameters)
+        tensors, weights = self._gathered(tensors), self._gathered(setup.parameters)
         if setup.accelerator.is_main_process:
-            tensors, plain = optimizer_state(setup.optimizer, setup.parameters)
             rest = {
                 "state": asdict(self.state),
                 "optimizer": plain,
@@ -300,12 +324,16 @@ class Loop:
             }
             if self.log is not None:
                 self.log.sync()
-            self.checkpoints.save(
-                Checkpoint(self.state.step, setup.parameters, tensors, states, rest)
-            )
+            self.checkpoints.save(Checkpoint(self.state.step, weights, tensors, states, rest))
             self.checkpoints.prune(setup.settings.keep, self.state.best_step)
         setup.accelerator.wait_for_everyone()
         self._window_start += time.perf_counter() - started
+
+    def _gathered(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole tensors in the first process, on the CPU, gathered one by one; none in others."""
+        keeps = self.setup.accelerator.is_main_process
+        found = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+        return {name: tensor.cpu() for name, tensor in found if keeps}
 
     def load(self, step: int) -> None:
         """Continue from a checkpoint.
@@ -339,7 +367,7 @@ class Loop:
                 f"the checkpoint {self.checkpoints.path(step)} has other trained parameters"
             )
         for name, parameter in self.setup.parameters.items():
-            parameter.copy_(weights[name])
+            put(parameter, weights[name])
 
 
 def checkpoints_of(output: Path) -> CheckpointFolder:

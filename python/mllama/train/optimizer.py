@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllama.nn.wrappers import put
 from mllama.train.settings import TrainSettings
 
 _Named = Mapping[str, nn.Parameter]
@@ -63,6 +64,9 @@ def load_optimizer_state(
     by_parameter: dict[str, dict[str, Any]] = {}
     for place, value in {**tensors, **plain}.items():
         name, _, key = place.rpartition(".")
+        if isinstance(value, torch.Tensor) and value.shape == parameters[name].shape:
+            whole, value = value, torch.zeros_like(parameters[name], dtype=value.dtype)
+            put(value, whole)
         by_parameter.setdefault(name, {})[key] = value
     names = {parameter: name for name, parameter in parameters.items()}
     order = [one for group in optimizer.param_groups for one in group["params"]]

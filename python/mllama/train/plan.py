@@ -94,8 +94,10 @@ def plan(
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `mllama.train.run.train` for the same settings;
-            length is shorter than the rows; weights is "file".
+            length is shorter than the rows; weights is "file"; shard is set.
     """
+    if settings.shard:
+        raise ValueError("a plan is of a process with all weights: shard must be false")
     device = choose_device(settings.device)
     if memory is None:
         memory = available_memory(device)

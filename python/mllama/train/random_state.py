@@ -33,6 +33,7 @@ def capture() -> dict[str, torch.Tensor]:
 
 def restore(states: dict[str, torch.Tensor]) -> None:
     """Put the generators into the states that `capture` returned."""
+    states = {name: state.clone() for name, state in states.items()}  # torch reads from the storage
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     random.setstate((version, tuple(words), _number(states["python_spare"])))

@@ -3,7 +3,7 @@
 import fcntl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mllama.train.loop import Loop, checkpoints_of
 from mllama.train.progress import TrainingProgress
 from mllama.train.samples import answer_samples
 from mllama.train.settings import TrainSettings
-from mllama.train.setup import Setup, set_up
+from mllama.train.setup import Setup, make_accelerator, set_up
 from mllama.train.stopping import Stopping
 from mllama.train.yaml_file import read_yaml, write_yaml
 
@@ -92,10 +92,13 @@ def train(settings: TrainSettings, resume: bool = False) -> TrainResult:
     """
     started = time.perf_counter()
     output = Path(settings.output)
-    with _locked(output), Stopping() as stopping:
-        _check_output(output, settings, resume)
-        setup = set_up(settings)
-        first = setup.accelerator.is_main_process
+    accelerator, device = make_accelerator(settings)
+    first = accelerator.is_main_process
+    with _locked(output) if first else nullcontext(), Stopping() as stopping:
+        if first:
+            _check_output(output, settings, resume)
+        accelerator.wait_for_everyone()
+        setup = set_up(settings, accelerator, device)
         checkpoints = checkpoints_of(output)
         kept = checkpoints.steps()
         last = kept[-1] if kept else 0
@@ -120,7 +123,7 @@ def train(settings: TrainSettings, resume: bool = False) -> TrainResult:
         state = loop.state
         finished = state.step == setup.course.steps
         trained = _write_result(setup, loop, output) if finished else None
-        setup.accelerator.end_training()
+        accelerator.end_training()
     return TrainResult(
         output=output,
         trained=trained,
@@ -207,11 +210,13 @@ def _start_trackers(setup: Setup, output: Path) -> None:
 def _show(setup: Setup, output: Path, step: int) -> None:
     """Write sample answers, after an evaluation."""
     count = setup.settings.samples
-    if count and setup.accelerator.is_main_process:
+    first = setup.accelerator.is_main_process
+    if count and (first or setup.settings.shard):  # all of them hold the weights
         rows = range(min(count, len(setup.eval_examples)))
         examples = [setup.eval_examples[row] for row in rows]
         found = answer_samples(setup.model, setup.processor, examples)
-        plot_samples(found, output / "samples" / f"step-{step:08}.png")
+        if first:
+            plot_samples(found, output / "samples" / f"step-{step:08}.png")
     setup.accelerator.wait_for_everyone()
 
 
@@ -222,10 +227,11 @@ def _write_result(setup: Setup, loop: Loop, output: Path) -> Path:
         loop.load_weights(state.best_step)
     setup.model.eval()
     folder = output / ("model" if setup.settings.method == "full" else "adapter")
-    if setup.accelerator.is_main_process:
+    if setup.accelerator.is_main_process or setup.settings.shard:  # then the first one writes
         if setup.settings.method == "full":
             setup.model.save_pretrained(folder)
-            setup.processor.save_pretrained(folder)
+            if setup.accelerator.is_main_process:
+                setup.processor.save_pretrained(folder)
         else:
             save_lora(setup.model, folder, format="peft")
     setup.accelerator.wait_for_everyone()

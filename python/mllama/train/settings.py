@@ -4,6 +4,7 @@ Imports nothing beyond the standard library until a file is read.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ _ALTERNATIVES = (
     ("eval_data", "eval_fraction"),
     ("eval_fraction", "eval_data"),
 )
+_OF_ADAPTERS = ("rank", "alpha", "dropout", "targets", "ranks", "rslora", "dora")
+_SHARD_DTYPES = "dtype must be float32 or bfloat16 with shard"
 _MOST_BYTES = 1 << 20  # of a config
 _MOST = 2**31 - 1
 _POSITIVE = number(int, 1, _MOST)
@@ -74,6 +77,11 @@ class TrainSettings:
     device: str = key("auto", text("DEVICE"), "auto, cpu, cuda, cuda:1 ...")
     gradient_checkpointing: bool = key(
         False, FLAG, "recompute each layer in the backward pass: less memory, more time"
+    )
+    shard: bool = key(
+        False,
+        FLAG,
+        "share the weights out among processes (FSDP2); otherwise each has all of them (DDP)",
     )
     data: str = key(
         dataclasses.MISSING,
@@ -227,14 +235,14 @@ def _check_together(settings: TrainSettings) -> None:
     """Raise ValueError for keys that exclude each other or have no effect."""
     given = _changed(settings)
     if settings.method == "full":
-        for name in ("rank", "alpha", "dropout", "targets", "ranks", "rslora", "dora"):
+        for name in _OF_ADAPTERS:
             _refuse(name in given, f"{name} is for adapters, and method is full")
         _refuse("trained_modules" in given, "trained_modules has no effect: method is full")
         _refuse("adapter" in given, "adapter must be merged first: method is full")
         _refuse("weights" in given, "weights cannot be packed with method: full, which trains them")
         _refuse("cache_features" in given, "cache_features needs a frozen encoder: method is full")
     elif settings.adapter is not None:
-        for name in ("rank", "alpha", "dropout", "targets", "ranks", "rslora", "dora"):
+        for name in (*_OF_ADAPTERS, "trained_modules"):
             _refuse(name in given, f"{name} is the adapter's own: leave it out beside adapter")
     else:
         _refuse(not settings.targets, "targets must name what gets adapters")
@@ -243,6 +251,11 @@ def _check_together(settings: TrainSettings) -> None:
     _refuse(both, "eval_fraction must be 0 beside eval_data")
     _refuse("eval_split" in given and settings.eval_data is None, "eval_split needs eval_data")
     _refuse("eval_every" in given and not has_eval, "eval_every needs eval_data or eval_fraction")
+    shows = "samples" in given and settings.samples > 0
+    _refuse(shows and not has_eval, "samples needs eval_data or eval_fraction")
+    _refuse(settings.shard and settings.dtype in ("auto", "float16"), _SHARD_DTYPES)
+    _refuse(settings.shard and "weights" in given, "weights cannot be packed with shard")
+    _refuse(settings.shard and "cache_features" in given, "cache_features cannot be with shard")
     _refuse(settings.pack and settings.max_length is None, "pack needs max_length")
     _refuse("epochs" in given and "max_steps" in given, "epochs has no effect beside max_steps")
     if settings.schedule == "constant":
@@ -266,16 +279,16 @@ def _changed(settings: TrainSettings) -> set[str]:
 
 def _check_files(settings: TrainSettings, where: str) -> None:
     """Raise FileNotFoundError for a file of a key that does not exist. A datasets id and a model id
-    are looked up where they are loaded.
+    are looked up where they are loaded. os.path takes any name, pathlib raises for long ones.
     """
     for name in ("data", "eval_data"):
         value = getattr(settings, name)
         is_file = value is not None and (
             Path(value).suffix in (".jsonl", ".json", ".csv") or value.startswith((".", "/", "~"))
         )
-        if is_file and not Path(value).exists():
+        if is_file and not os.path.exists(value):
             raise FileNotFoundError(f"{where}: {name}: no such file: {value}")
-    if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
+    if settings.image_folder is not None and not os.path.isdir(settings.image_folder):
         raise FileNotFoundError(f"{where}: image_folder: no such folder: {settings.image_folder}")
-    if settings.adapter is not None and not Path(settings.adapter).exists():
+    if settings.adapter is not None and not os.path.exists(settings.adapter):
         raise FileNotFoundError(f"{where}: adapter: no such file: {settings.adapter}")

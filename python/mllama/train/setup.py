@@ -13,10 +13,12 @@ from mllama.device import choose_device
 from mllama.train import random_state
 from mllama.train.collate import Collator
 from mllama.train.course import Course, held_out
+from mllama.train.features import FeatureCache
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype, prepare_model, trained_parameters
 from mllama.train.rows import Example
 from mllama.train.settings import TrainSettings
+from mllama.train.sharding import shard
 from mllama.train.sources import open_examples
 
 
@@ -27,7 +29,7 @@ class Setup:
     Attributes:
         accelerator: accelerate's, for processes and trackers.
         model: the model; `wrapped` is what is called, DDP's module around it if there are several
-            processes.
+            processes that do not share its weights out.
         dtype: of the computation.
         parameters: what is trained, by name.
         examples, eval_examples: the rows; no eval_examples: an empty list.
@@ -44,7 +46,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     scaler: Any
     collator: Collator
-    features: Any
+    features: FeatureCache | None
     examples: Sequence[Example]
     eval_examples: Sequence[Example]
     bad_rows: list[str]
@@ -56,32 +58,37 @@ class Setup:
         return next(self.model.parameters()).device
 
 
-def set_up(settings: TrainSettings) -> Setup:
+def set_up(settings: TrainSettings, accelerator: Any, device: torch.device) -> Setup:
     """Load model and data, and build what trains them.
 
+    Args:
+        settings: the run's settings.
+        accelerator, device: as `make_accelerator` returns them.
+
     Raises:
-        ImportError: a package that the settings need is missing.
         TypeError, ValueError, FileNotFoundError: model, data or settings do not fit each other.
     """
-    _check_packages(settings)
-    accelerator, device = _accelerator(settings)
     quiet = not accelerator.is_main_process
-    model, processor, _ = prepare_model(settings, device, quiet)
+    place = torch.device("cpu") if settings.shard else device
+    model, processor, _ = prepare_model(settings, place, quiet)
+    if settings.shard:
+        shard(model, device)
     parameters = trained_parameters(model)
     collator = Collator(model, processor, settings.max_length, settings.pack)
     examples, eval_examples, bad_rows = _open_data(settings, collator)
     features = None
     if settings.cache_features is not None:
-        from mllama.train.features import FeatureCache
-
         features = FeatureCache(model, settings.cache_features)
     dtype = compute_dtype(settings, model)
+    wrapped = model
+    if not settings.shard:
+        wrapped = accelerator.prepare_model(model, device_placement=False)
     random_state.seed(settings.seed + accelerator.process_index)  # for dropout
     return Setup(
         settings=settings,
         accelerator=accelerator,
         model=model,
-        wrapped=accelerator.prepare_model(model, device_placement=False),
+        wrapped=wrapped,
         processor=processor,
         dtype=dtype,
         parameters=parameters,
@@ -109,8 +116,14 @@ def _check_packages(settings: TrainSettings) -> None:
         raise ImportError(f"trackers: {missing[0]} is not installed: pip install {missing[0]}")
 
 
-def _accelerator(settings: TrainSettings) -> tuple[Any, torch.device]:
-    """accelerate's Accelerator, and this process's device."""
+def make_accelerator(settings: TrainSettings) -> tuple[Any, torch.device]:
+    """accelerate's Accelerator, and this process's device.
+
+    Raises:
+        ImportError: a package that the settings need is missing.
+        ValueError: the device is not here, or is one for several processes.
+    """
+    _check_packages(settings)
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
@@ -124,6 +137,8 @@ def _accelerator(settings: TrainSettings) -> tuple[Any, torch.device]:
         project_config=ProjectConfiguration(settings.output, f"{settings.output}/trackers"),
         kwargs_handlers=[wrapping],
     )
+    if settings.shard and accelerator.num_processes == 1:
+        raise ValueError("shard needs several processes: start it with torchrun")
     if accelerator.num_processes > 1:
         if settings.device not in ("auto", device.type):
             raise ValueError(

@@ -1,0 +1,139 @@
+"""`mllama lora merge|convert|inspect`: LoRA adapters in files."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mllama.api import find_model
+from mllama.checkpoints import open_checkpoint
+from mllama.checkpoints.files import write_folder
+from mllama.device import dtype_name
+from mllama.hf.checkpoints import load_opened
+from mllama.hf.models import model_class, survey_opened
+from mllama.hf.names import PreTrainedModel
+from mllama.hf.processors.auto import load_processor
+from mllama.lora.files import convert_adapter, describe_adapter
+from mllama.lora.loading import load_lora
+from mllama.lora.state import merge_and_unload
+from mllama.processing.folders import PROCESSOR_FILES
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the task; exit code 1 if `inspect` finds that the adapter does not fit the model."""
+    task = {"merge": _merge, "convert": _convert, "inspect": _inspect}[arguments.task]
+    return task(arguments)
+
+
+def merge(
+    model: str, adapter: str, target: Path, dtype: str = "auto", force: bool = False
+) -> PreTrainedModel:
+    """Write a model's folder, with its processor, with an adapter merged into the weights.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        FileExistsError: target is not an empty folder, without `force`.
+        FileNotFoundError, ValueError: as loading the model and `mllama.load_lora`; the model's
+            weights are packed.
+    """
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not force)):
+        raise FileExistsError(f"{target} exists and is not an empty folder")
+    source = find_model(model)
+    with (opened := open_checkpoint(source)).source:
+        if opened.packing is not None:
+            raise ValueError(
+                f"{source} has packed weights, which take no adapter: give the model that they "
+                "were packed from"
+            )
+        merged, _ = load_opened(model_class(opened.spec), opened, dtype)
+    parts: list[Any] = [merged]
+    try:
+        parts.append(load_processor(source))
+    except FileNotFoundError as error:
+        print(f"mllama: no tokenizer or processor is written: {error}", file=sys.stderr)
+    load_lora(merged, adapter)
+    merge_and_unload(merged)
+    replaced = PROCESSOR_FILES if len(parts) > 1 else ()
+    write_folder(target, lambda aside: [part.save_pretrained(aside) for part in parts], replaced)
+    return merged
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    target = Path(arguments.target)
+    merged = merge(arguments.model, arguments.adapter, target, arguments.dtype, arguments.force)
+    kind, dtype = merged.config.model_type, dtype_name(merged.dtype)
+    shown = {"folder": str(target), "family": kind, "dtype": dtype, "adapter": arguments.adapter}
+    _print(arguments, shown, f"{target}: the {kind} in {dtype} with {arguments.adapter} merged")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    target, is_folder = Path(arguments.target), arguments.to == "peft"
+    if target.exists() and target.is_dir() != is_folder:
+        raise ValueError(f"OUT must be a {'folder' if is_folder else 'file'}, and {target} is none")
+    if not is_folder and target.suffix != ".safetensors":
+        raise ValueError(f"OUT must be a file that ends in .safetensors, got {target}")
+    if target.exists() and not arguments.force and (not is_folder or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists; --force writes over it")
+    if is_folder and arguments.model is None:
+        raise ValueError("--to peft needs --model: PEFT's format has transformers' names of layers")
+    model = None if arguments.model is None else _laid_out(arguments.model)
+    if model is not None:
+        load_lora(model, arguments.source)  # raises if it does not fit
+        model = _laid_out(arguments.model)
+    convert_adapter(arguments.source, target, arguments.to, model, arguments.model)
+    shown = {"path": str(target), "to": arguments.to} | describe_adapter(target)
+    _print(arguments, shown, f"{target}: {shown['layers']} layers in {arguments.to}'s format")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    found = {"path": arguments.source} | describe_adapter(arguments.source)
+    fits, problem = None, None
+    if arguments.model is not None:
+        model = _laid_out(arguments.model)
+        try:
+            load_lora(model, arguments.source)
+            fits = True
+        except ValueError as error:
+            fits, problem = False, str(error)
+    shown = found | {"model": arguments.model, "fits": fits, "problem": problem}
+    _print(arguments, shown, _page(shown))
+    return 1 if fits is False else 0
+
+
+def _laid_out(model: str) -> PreTrainedModel:
+    """A model on the meta device: names and shapes."""
+    with (opened := open_checkpoint(find_model(model))).source:
+        return survey_opened(opened)[0]
+
+
+def _page(found: dict[str, Any]) -> str:
+    kind = "DoRA" if found["dora"] else "LoRA"
+    lines = [
+        f"{found['path']}: {kind} in {found['format']}'s format, base model "
+        f"{found['base'] or 'not named'}",
+        f"{found['layers']} layers, {found['parameters']:,} parameters, {found['bytes']:,} bytes "
+        f"in {found['dtype']}",
+        *(
+            f"{name}: " + ", ".join(f"{value} ({count})" for value, count in found[name].items())
+            for name in ("ranks", "alphas")
+        ),
+        f"dropout: {found['dropout']:g}",
+        "targets:",
+        *(f"  {name}" for name in found["targets"]),
+    ]
+    if found["trained"]:
+        lines += [f"trained in full, {found['trained_parameters']:,} parameters:"]
+        lines += [f"  {name}" for name in found["trained"]]
+    if found["fits"] is not None:
+        fits = "fits" if found["fits"] else f"does not fit: {found['problem']}"
+        lines.append(f"{found['model']}: {fits}")
+    return "\n".join(lines)
+
+
+def _print(arguments: argparse.Namespace, shown: dict[str, Any], page: str) -> None:
+    print(json.dumps(shown) if arguments.json else page)

@@ -1,0 +1,135 @@
+"""`mllama train` with two processes, by torchrun and accelerate, on the CPU."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import distributed
+
+import mllama
+from training.runs import (
+    assert_same_run,
+    assert_same_tensors,
+    log_of,
+    replaced,
+    settings_of,
+    trained,
+    write_rows,
+)
+
+pytest.importorskip("accelerate")
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        *("--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
+        *("--dynamo_backend=no", "--main_process_port=0"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    if not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    return write_rows(tmp_path_factory.mktemp("data"))
+
+
+def launch(launcher: str, settings, *flags: str) -> subprocess.CompletedProcess:
+    """A run of two processes."""
+    values = dataclasses.asdict(settings).items()
+    config = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+    path = f"{settings.output}.yaml"
+    with open(path, "w") as file:
+        yaml.safe_dump(config, file)
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "mllama", "train", path, *flags]
+    return subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_learn_what_one_does_of_all_rows(launcher, model_folder, data, tmp_path):
+    settings = settings_of(
+        model_folder,
+        data,
+        tmp_path / "two",
+        dropout=0.0,
+        accumulation=1,
+        samples=1,
+        targets=("attn", "projector"),  # without gradients in rows without images
+    )
+    done = launch(launcher, settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trained tokens") == 1  # the first process alone prints
+    trained(replaced(settings, output=str(tmp_path / "one"), accumulation=2))
+    pairs = zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True)
+    for two, one in pairs:
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def images(data):
+    """Rows with images alone."""
+    path = data.with_name("images.jsonl")
+    lines = data.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "image" in line))
+    return path
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_shared_out_learn_the_same(method, model_folder, images, tmp_path):
+    options = {"dropout": 0.0}
+    if method == "full":
+        options |= {"rank": 16, "method": "full", "learning_rate": 1e-3}
+    settings = settings_of(model_folder, images, tmp_path / "two", samples=1, shard=True, **options)
+    done = launch("torchrun", settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = replaced(settings, output=str(tmp_path / "one"), accumulation=4, shard=False)
+    result = trained(one)
+    for two, alone in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(alone, rel=1e-3)
+    kind = {"lora": {"adapter": tmp_path / "two/adapter"}, "full": {}}[method]
+    folder = model_folder if method == "lora" else tmp_path / "two/model"
+    model, _ = mllama.load(folder, "float32", "cpu", **kind)
+    best = f"checkpoints/step-{result.best_step:08}/weights.safetensors"
+    saved = load_file(result.output / best)
+    for name, parameter in model.named_parameters():
+        if name in saved:
+            torch.testing.assert_close(parameter.detach(), saved[name], rtol=1e-2, atol=1e-3)
+    if method == "lora":
+        parts = tmp_path / "two/checkpoints"
+        (parts / "step-00000006").rename(tmp_path / "removed")
+        before = (tmp_path / "two/adapter/adapter_model.safetensors").rename(tmp_path / "before")
+        done = launch("torchrun", settings, "--resume")
+        assert "resumed after step 4" in done.stderr and done.returncode == 0, done.stderr[-3000:]
+        assert_same_tensors(tmp_path / "two/adapter/adapter_model.safetensors", before)
+
+
+def test_weights_shared_out_need_the_same_layers(model_folder, data, tmp_path):
+    settings = settings_of(model_folder, data, tmp_path / "two", shard=True, batch_size=1)
+    done = launch("torchrun", settings)
+    assert done.returncode != 0 and "need rows with images, or none does" in done.stderr
+    with pytest.raises(ValueError, match="several processes"):
+        trained(settings)
+
+
+def test_two_processes_resume(model_folder, data, tmp_path):
+    settings = settings_of(model_folder, data, tmp_path / "whole", accumulation=1)
+    parts = replaced(settings, output=str(tmp_path / "parts"))
+    assert launch("torchrun", settings).returncode == 0
+    assert launch("torchrun", parts).returncode == 0
+    for step in (5, 6):  # as if it had ended after step 4
+        folder = tmp_path / f"parts/checkpoints/step-{step:08}"
+        if folder.exists():
+            folder.rename(tmp_path / f"removed-{step}")
+    done = launch("torchrun", parts, "--resume")
+    assert "resumed after step 4" in done.stderr and done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    with pytest.raises(ValueError, match="2 processes, this one 1"):
+        trained(parts, resume=True)
