@@ -53,6 +53,10 @@ def adapting(model: MllamaForConditionalGeneration, siglip: SiglipModel) -> None
         mllama.fuse(model, siglip, fusion="prepend", num_image_tokens=4),
         MllamaForConditionalGeneration,
     )
+    assert_type(mllama.check_labels(model, {"input_ids": torch.zeros(1, 1)}).passed, bool)
+    assert_type(mllama.check_gradients(model, {}).message, str)
+    assert_type(str(mllama.check_frozen(model, {})), str)
+    mllama.check_overfit(model, {}, steps="many")  # type: ignore[arg-type]
     mllama.save_lora("adapters.safetensors", model)  # type: ignore[arg-type]
     mllama.convert_linears_to_lora(model, rank="8")  # type: ignore[arg-type]
     mllama.fuse(siglip, model)  # type: ignore[arg-type]

@@ -35,6 +35,8 @@ class Recorder(argparse.Namespace):
         ("inspect", ["LLAMA"]),
         ("verify", ["MLLAMA"]),
         ("train", ["--data", "ROWS", "--output", "TARGET", "--model", "LLAMA", *TRAINING]),
+        ("plan", ["--data", "ROWS", "--model", "LLAMA", "--memory", "64GB", *TRAINING]),
+        ("eval", ["ROWS", "--model", "LLAMA", *TEXT]),
         ("info", []),
     ],
 )
@@ -91,6 +93,7 @@ def test_every_command_takes_a_model_in_either_spelling(spelling):
         "quantize": [spelling, "x", "to"],
         "inspect": [spelling, "x"],
         "verify": [spelling, "x"],
+        "eval": ["rows.jsonl", spelling, "x"],
     }
     names = {
         "download": "id",

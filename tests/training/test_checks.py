@@ -1,9 +1,12 @@
 """Self-checks: each says yes of a sound run and no of the fault that it is for."""
 
+import json
+
 import pytest
 import torch
 
 import mllama
+from mllama.cli import main
 from mllama.train.checks import run_checks
 from mllama.train.collate import Collator
 from mllama.train.sources import open_examples
@@ -153,3 +156,22 @@ def test_all_checks_of_a_run(family, tmp_path):
     named = {check.name: check for check in found}
     assert [check.passed for check in found[:3]] == [True] * 3, found
     assert set(named) == {"check_labels", "check_gradients", "check_frozen", "check_overfit"}
+
+
+def test_the_command(tmp_path, capsys):
+    model = folders.write("llava, siglip", tmp_path / "model")
+    words = ["train", "--data", str(write_rows(tmp_path)), "--model", str(model), "--check"]
+    words += ["--device", "cpu", "--batch-size", "2", "--output", str(tmp_path / "run")]
+    code = main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "check_labels:",
+        "check_gradients:",
+        "check_frozen:",
+        "check_overfit:",
+    ]
+    assert code == int(any(line.startswith("FAIL") for line in lines))
+    assert not (tmp_path / "run").exists()
+    main([*words, "--json"])
+    assert [check["name"] for check in json.loads(capsys.readouterr().out)][0] == "check_labels"
+    assert main([*words, "--resume"]) == 2

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 import mllama
 from mllama.train.course import Course, held_out
 from mllama.train.prepare import prepare_model
+from mllama.train.run import train
 from mllama.train.settings import TrainSettings
 from training.runs import log_of, replaced, settings_of, trained, write_rows
 
@@ -264,3 +267,33 @@ def test_the_summary_of_the_command(settings, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", str(path), "--check", "--resume"]) == 2
     assert cli.main(["train", str(path), "--rank", "many"]) == 2
     assert "--rank must be" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_or_not_here_is_refused(settings, monkeypatch):
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    with pytest.raises(ImportError, match="wandb is not installed"):
+        train(replaced(settings, trackers=("wandb",)))
+    with pytest.raises(ValueError, match="adamw8bit needs a CUDA device"):
+        train(replaced(settings, optimizer="adamw8bit"))
+    with pytest.raises(ValueError, match="frozen encoder"):
+        train(
+            replaced(settings, output=f"{settings.output}2", cache_features="x", targets="vision")
+        )
+
+
+def test_the_bar_on_a_terminal(settings, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    trained(replaced(settings, max_steps=3, eval_every=3))
+    shown = capsys.readouterr().err
+    assert "3/3" in shown and "tokens/s" in shown and "GiB" in shown and "\r" in shown
+    assert "mllama: step 3: evaluation loss" in shown
+    assert "mllama: step 1/3" not in shown
+
+
+def test_the_script_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(__file__).parents[2] / "scripts/train.py"), run_name="__main__")
+    assert end.value.code == 0 and "mllama train [CONFIG.yaml]" in capsys.readouterr().out

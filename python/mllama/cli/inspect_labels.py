@@ -72,9 +72,9 @@ def _summary_lines(summary: Summary, examples: Examples) -> list[str]:
         share = summary.trained / summary.tokens
         lines += [
             f"  {summary.tokens:,} tokens, of which {summary.trained:,} are trained ({share:.1%}); "
-            f"{summary.images:,} images",
+            f"images: {summary.images:,}",
             f"  the longest has {summary.longest:,} tokens ({summary.longest_row}); "
-            f"{summary.truncated:,} rows are cut",
+            f"rows that are cut: {summary.truncated:,}",
         ]
     if summary.bad_rows:
         more = len(summary.bad_rows) - _SHOWN

@@ -76,7 +76,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise ValueError(f"OUT must be a {'folder' if is_folder else 'file'}, and {target} is none")
     if not is_folder and target.suffix != ".safetensors":
         raise ValueError(f"OUT must be a file that ends in .safetensors, got {target}")
-    if target.exists() and not arguments.force and (not is_folder or any(target.iterdir())):
+    if not arguments.force and target.exists() and (not is_folder or any(target.iterdir())):
         raise FileExistsError(f"{target} exists; --force writes over it")
     if is_folder and arguments.model is None:
         raise ValueError("--to peft needs --model: PEFT's format has transformers' names of layers")

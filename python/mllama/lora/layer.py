@@ -37,11 +37,9 @@ class Linear_LORA(AdaptedLinear):
     the other. So they are if `linear` is packed and nothing is trained. A layer around a packed
     one cannot be merged.
 
-    With `lora_magnitude`, DoRA (Liu et al., 2024): every row of the weight W + update is scaled to
-    a trained norm, without a gradient through the norm that it has, as in the paper's section 4.3.
+    With `lora_magnitude`, DoRA (Liu et al., 2024): rows of W + update are scaled to trained norms.
 
-    A layer may have several adapters, of which one is in use. Its parts are the attributes named
-    here; those of the others are in `inactive`, by name.
+    Of several adapters one is in use. Its parts are the layer's own, the others' are in `inactive`.
 
     Args:
         in_dim, out_dim: input and output features.
@@ -56,8 +54,7 @@ class Linear_LORA(AdaptedLinear):
         lora_magnitude: None, or a module whose `weight` [out_dim] has DoRA's magnitudes.
         enabled: False skips the update; set by `mllama.lora_disabled`.
         name: of the adapter whose parts these are.
-        active: False if the model's active adapter is another one, which this layer does not have;
-            set by `mllama.activate_lora`. The update is skipped.
+        active: False skips it too; set by `mllama.activate_lora` where that adapter has no part.
         inactive: other adapters by name.
         merged_weight: [out_dim, in_dim] after `merge`, else None. Not in state dicts.
 
@@ -399,10 +396,3 @@ def needed_lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
 def active_name(model: nn.Module) -> str | None:
     """Name of the adapter in use, None without LoRA layers."""
     return next((layer.name for layer in lora_layers(model).values() if layer.active), None)
-
-
-def holds_adapters(model: nn.Module) -> bool:
-    """Whether adapters were added to the model's weights permanently, so that its checkpoint has
-    other weights.
-    """
-    return any("holds_adapter" in vars(module) for module in model.modules())

@@ -169,16 +169,15 @@ def parse(
             )
         elif ".original_module." not in name:  # a module of modules_to_save before training
             trained[_WRAPPER.sub("", name)] = tensor
-    dims = [2, 2] + [1] * bool(config.get("use_dora"))  # A, B, magnitudes
+    dora = bool(config.get("use_dora"))
+    dims = [2, 2, *[1] * dora]  # A, B, magnitudes
     if odd := [
         name
         for name, own in parts.items()
         if sorted((part.dim() for part in own.values()), reverse=True) != dims
     ]:
-        raise ValueError(
-            f"{where}: expected two matrices{' and magnitudes (use_dora)' * (len(dims) > 2)} each for "
-            f"{listing(odd)}"
-        )
+        expected = "two matrices and magnitudes (use_dora)" if dora else "two matrices"
+        raise ValueError(f"{where}: expected {expected} each for {listing(odd)}")
     if (targets := config.get("target_modules")) and not isinstance(targets, str):
         ends = tuple(f".{target}" for target in targets)
         if outside := [name for name in parts if not f".{name}".endswith(ends)]:

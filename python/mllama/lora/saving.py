@@ -14,7 +14,7 @@ from mllama.checkpoints.files import listing, save_tensors, write_file
 from mllama.lora import peft
 from mllama.lora.adapter import DEFAULT, options_of, parts_of
 from mllama.lora.adapters import adapter_key, part_keys, plain_layers, plain_parameters
-from mllama.lora.layer import Linear_LORA, active_name, holds_adapters, needed_lora_layers
+from mllama.lora.layer import Linear_LORA, active_name, needed_lora_layers
 from mllama.nn.wrappers import gathered, may_write, plain_key, plain_name, unwrapped, whole
 
 FORMATS = ("mllama", "peft")
@@ -146,7 +146,8 @@ def _trained_beside(model: nn.Module, strict: bool) -> tuple[list[str], list[str
 
 
 def _base_model(inner: nn.Module) -> str | None:
-    if holds_adapters(inner):
+    # Adapters were added to the weights permanently: the checkpoint has others.
+    if any("holds_adapter" in vars(module) for module in inner.modules()):
         return None
     return getattr(getattr(inner, "config", None), "name_or_path", None) or None
 

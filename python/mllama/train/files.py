@@ -61,7 +61,7 @@ class JsonLines:
         if not len(filled):
             raise ValueError(f"{path} has no rows")
         self._numbers, self._starts, self._ends = filled + 1, starts[filled], ends[filled]
-        self.unread = _unread(self, 0)
+        self.unread = _unread(self)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -91,7 +91,7 @@ class JsonArray:
             raise ValueError(f"{path}: {error}") from error
         if not isinstance(self._rows, list) or not self._rows:
             raise ValueError(f"{path} must hold a list of rows, and at least one")
-        self.unread = _unread(self, 0)
+        self.unread = _unread(self)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -238,10 +238,10 @@ def _blank(path: Path, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return blank
 
 
-def _unread(rows: Rows, index: int) -> list[str]:
-    """Names in a row that have no meaning here; none of a row that cannot be read."""
+def _unread(rows: Rows) -> list[str]:
+    """Names in the first row that have no meaning here; none if it cannot be read."""
     try:
-        row = rows.row(index)
+        row = rows.row(0)
     except ValueError:
         return []
     return [name for name in row if name not in READ] if isinstance(row, Mapping) else []

@@ -68,8 +68,8 @@ def _open(source: str | Path, split: str | None) -> Any:
 
 def _one_split(data: Any, split: str | None, name: str) -> Any:
     if not isinstance(data, dict):
-        if split not in (None, str(data.split)):
-            raise ValueError(f"split must be None or {data.split} for {name}, got {split!r}")
+        if split is not None and split != str(data.split):
+            raise ValueError(f"split must be None: {name} has no splits, got {split!r}")
         return data
     if split is None and len(data) == 1:
         return next(iter(data.values()))

@@ -2,10 +2,9 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 from mllama.hf.processors.chat import IGNORED
 from mllama.processing.messages import ASSISTANT
@@ -171,8 +170,7 @@ def token_lines(tokens: Sequence[Token], colors: bool = False) -> Iterator[str]:
             yield f"\x1b[{_COLORS[role]}m{line}\x1b[0m" if colors else line
 
 
-def count_roles(tokens: Iterable[Token]) -> dict[str, Any]:
+def count_roles(tokens: Sequence[Token]) -> dict[str, int]:
     """Number of tokens of each role, and of those that are trained."""
-    tokens = list(tokens)
-    counts: dict[str, int] = dict(Counter(token.role for token in tokens))
+    counts = dict(Counter(token.role for token in tokens))
     return counts | {"trained": sum(token.trained for token in tokens)}

@@ -1,6 +1,7 @@
 """A run of training, from its settings to the adapter."""
 
 import fcntl
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -133,7 +134,8 @@ def train(settings: TrainSettings, resume: bool = False) -> TrainResult:
         loss=state.loss,
         best_loss=state.best_loss,
         best_step=state.best_step,
-        signal=None if finished else stopping.signal,
+        # it may have reached another process alone
+        signal=None if finished else stopping.signal or signal.SIGTERM.value,
         bad_rows=setup.bad_rows,
         seconds=time.perf_counter() - started,
     )
