@@ -71,6 +71,17 @@ def _lora(**options) -> KernelCall:
     return KernelCall(ops.lora_linear, arguments, (2, 3), (0, 2, 3, 4))
 
 
+def _lora_group(dropout: float) -> KernelCall:
+    x, *layers = _numbers((40, 72), (40, 72), (5, 72), (40, 5), (24, 72), (3, 72), (24, 3))
+
+    def call(x, seeds, *layers):
+        made = [ops.LoraLayer(*layers[i : i + 3], None, 0.5, dropout) for i in (0, 3)]
+        return tuple(ops.lora_linears(x, made, seeds))
+
+    seeds, layers = torch.tensor([3, 4], device="cpu"), [tensor / 8 for tensor in layers]
+    return KernelCall(call, Sample((x, seeds, *layers)), (3, 4, 6, 7), (0, 3, 4, 6, 7))
+
+
 def _packed(packing: str, rows: int) -> KernelCall:
     x, weight, bias = _numbers((rows, 100), (37, 100), (37,))
     arguments = x, pack(weight / 10, packing), bias
@@ -138,7 +149,7 @@ def _make() -> dict[str, list[KernelCall]]:
         "rope": [_rope()],
         "gated": [KernelCall(function, gated, (), (0, 1)) for function in (ops.swiglu, ops.geglu)],
         "patch_embed": [KernelCall(ops.patch_embed, patches, (1, 2), (0, 1, 2))],
-        "lora_linear": [_lora(), _lora(**seed)],
+        "lora_linear": [_lora(), _lora(**seed), _lora_group(0.0), _lora_group(0.25)],
         "image": [_image()],
         "quantized_rows": [KernelCall(_there_and_back, Sample(tuple(_numbers((3, 5, 40)))))],
         "select_token": [_select(top_k=40, top_p=0.9), _select(repetition_penalty=1.3)],

@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
+import mllama
 from tiny import close
 from tiny.pairs import LANGUAGE, ONE_EACH, Pair, make, pair, renamed
+
+LINEARS = [f"{name}_proj" for name in ("q", "k", "v", "o", "out", "gate", "up", "down")] + ["fc1", "fc2"]
 
 
 def examples(both: Pair, side: str = "right") -> dict[str, torch.Tensor]:
@@ -303,3 +306,49 @@ def test_every_second_layer_is_checkpointed():
     assert [layer.gradient_checkpointing for layer in layers] == [True, False] * 3
     model.activation_checkpointing_disable()
     assert not any(layer.gradient_checkpointing for layer in layers)
+
+
+@pytest.mark.parametrize("case", [*ONE_EACH, "mllama"])
+def test_adapters_beside_peft(case):
+    """The same loss and gradients of adapters on every linear layer of decoder and encoder, which
+    the layers of one input compute together and with what is computed again.
+    """
+    peft = pytest.importorskip("peft")
+    both = make(case)
+    batch = examples(both)
+    theirs = peft.get_peft_model(
+        both.theirs,
+        peft.LoraConfig(
+            r=3, lora_alpha=5, target_modules=rf".*({'|'.join(LINEARS)})", init_lora_weights=False
+        ),
+    )
+    model = both.ours.requires_grad_(False)
+    found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    layers = mllama.convert_linears_to_lora(
+        model, 3, 5, target_module_names=[name for name in LINEARS if name in found]
+    )
+    given = renamed(
+        {
+            name.removeprefix("base_model.model.").replace(".default", ""): value
+            for name, value in theirs.named_parameters()
+        }
+    )
+    assert sum("lora_" in name for name in given) == 2 * len(layers)
+    for name, layer in layers.items():
+        layer.lora_a.weight.data = given[f"{name}.lora_A.weight"].detach().clone()
+        layer.lora_b.weight.data = given[f"{name}.lora_B.weight"].detach().clone()
+    expected = theirs.train()(**batch).loss
+    expected.backward()
+    for options in ({}, {"logits_to_keep": None}):
+        model.train().zero_grad()
+        loss = model(**batch, **options).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+        loss.backward()
+        for name, layer in layers.items():
+            for ours, other in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+                gradient = getattr(layer, ours).weight.grad
+                wanted = given[f"{name}.{other}.weight"].grad
+                if wanted is None:  # past the last encoder layer that is read
+                    assert gradient is None
+                else:
+                    close(gradient, wanted, tolerance=2e-4, floor=1e-2)

@@ -61,6 +61,16 @@ IMAGE = ((4, 5, 3), U8)
 SIZE = {"height": 2, "width": 3}
 RAW = torch.ops.mllama  # for calls that otherwise look at values of their result
 
+
+
+def _lora_backward(x, weight, lora_a, lora_b, bias, seed, grad_y, small, dropout):
+    lists = [weight], [lora_a], [lora_b], [bias]
+    grad_x, grad_a, grads_b, grad_biases = RAW._lora_linear_backward(
+        [grad_y], x, *lists, small, seed, [1.0], [dropout], [-1], True, True, True, True
+    )
+    return grad_x, grad_a, *grads_b, *grad_biases
+
+
 CALLS = {
     "rms_norm": Call(ops.rms_norm, {"x": X, "weight": W}),
     "add_rms_norm": Call(ops.add_rms_norm, {"x": X, "residual": X, "weight": W}),
@@ -76,6 +86,12 @@ CALLS = {
     "attention_weights": Call(ops.attention_weights, {"q": Q, "k": KV, **MASKS}, {"causal": True}),
     "patch_embed": Call(ops.patch_embed, PIXELS),
     "lora_linear": Call(ops.lora_linear, LORA, {"dropout": 0.5}),
+    "lora_linear, two layers": Call(
+        lambda x, seed, **layer: tuple(
+            ops.lora_linears(x, 2 * [ops.LoraLayer(**layer, dropout=0.5)], seed)
+        ),
+        LORA | {"seed": ((2,), I64)},
+    ),
     "packed_linear": Call(
         ops.packed_linear,
         {"x": X, "weight": PACKED, "bias": (16,)},
@@ -172,11 +188,7 @@ BACKWARD = {
         {"width": 32, "packing": INT8},
     ),
     "lora_linear": Call(
-        lambda grad_y, x, weight, lora_a, lora_b, bias, seed, small: RAW._lora_linear_backward(
-            *([grad_y], x, [weight], [lora_a], [lora_b], [bias], small, seed, [1.0], [0.5], [-1]),
-            *(True, True, True, True),
-        ),
-        {"grad_y": (2, 3, 8), **LORA, "small": (2, 3, 4)},
+        _lora_backward, {"grad_y": (2, 3, 8), **LORA, "small": (2, 3, 4)}, {"dropout": 0.5}
     ),
 }
 
@@ -242,7 +254,6 @@ def test_a_tensor_on_another_device_is_refused(name, other, way):
 def test_gradients_are_where_the_arguments_are(name, device):
     with fake_tensors():
         gradients = BACKWARD[name].on(device)
-    gradients = torch.utils._pytree.tree_leaves(gradients)
     assert [g.device for g in gradients] == len(gradients) * [torch.device(device)]
 
 
