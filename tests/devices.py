@@ -86,9 +86,14 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator(tensor_device()).manual_seed(seed)
 
 
+# The operator whose kernels a file tests, where it is not named after it.
+KERNEL_OF = {"dequantized_linear": "packed_linear", "packed_training": "lora_linear"}
+
+
 def skip_reason(test_file: Path) -> str | None:
     """Why the tests of a file do not run on this device; None if they do."""
     folder, name = test_file.parent, test_file.stem.removeprefix("test_")
+    name = KERNEL_OF.get(name, name)
     if folder == TESTS / "cuda":
         return _other_device(name)
     if not is_emulated() or folder != TESTS / "ops":

@@ -145,9 +145,6 @@ def cases() -> Iterator[Case | str]:
                 )
                 name = f"{shape}, {str(dtype).removeprefix('torch.')}"
                 yield f"{name}, ours of {peer}'s: saved for backward {saved}, peak {peak}"
-                steps = (
-                    training_step(ours, our_loss, batch),
-                    training_step(theirs, loss, batch),
-                )
+                steps = (training_step(ours, our_loss, batch), training_step(theirs, loss, batch))
                 yield Case(shape, dtype, f"step, {peer}", *steps)
             del ours, theirs, steps

@@ -1,11 +1,13 @@
-"""LoRA in mllama: `model` is a folder with a config.json, `weights` is "f32" or "bf16"."""
+"""LoRA in mllama: `model` is a folder, `weights` is "f32" or "bf16", of what is not packed in it. A
+folder with a config.json alone gets random weights.
+"""
 
 from argparse import Namespace
 from importlib.metadata import version
 
 import torch
 from lora_steps import RANK, TARGETS, timed_steps
-from on_device import random_weights, with_memory
+from on_device import has_weights, random_weights, with_memory
 from serve import serve
 from transformers import AutoConfig
 
@@ -17,8 +19,12 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[arguments.weights]
-    config = AutoConfig.from_pretrained(arguments.model)
-    model = random_weights(lambda: mllama.MllamaForConditionalGeneration(config), device, dtype)
+    kind = mllama.MllamaForConditionalGeneration
+    if has_weights(arguments.model):
+        model = kind.from_pretrained(arguments.model, dtype=dtype).to(device)
+    else:
+        config = AutoConfig.from_pretrained(arguments.model)
+        model = random_weights(lambda: kind(config), device, dtype)
     mllama.convert_linears_to_lora(
         model.requires_grad_(False), RANK, 2 * RANK, target_module_names=TARGETS
     )
@@ -27,7 +33,7 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
     def steps(tokens: int, steps: int) -> dict:
         return timed_steps(model, mllama.lora_parameters(model), tokens, steps)
 
-    return {"version": version("mllama")}, with_memory({"steps": steps}, device)
+    return {"version": version("mllama")}, with_memory({"steps": steps, "nothing": dict}, device)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""LoRA by transformers and PEFT: `model` is a folder with a config.json, `weights` is "f32", "bf16"
-or "liger", bf16 with Liger's kernels.
+"""LoRA by transformers and PEFT: `model` is a folder, `weights` is "f32", "bf16" or "liger", bf16
+with Liger's kernels. A folder with a config.json alone gets random weights.
 """
 
 from argparse import Namespace
@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 import transformers
 from lora_steps import RANK, TARGETS, timed_steps
-from on_device import random_weights, with_memory
+from on_device import has_weights, random_weights, with_memory
 from peft import LoraConfig, get_peft_model
 from serve import serve
 
@@ -24,9 +24,12 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
 
         apply_liger_kernel_to_llama()
         versions += f", Liger {version('liger-kernel')}"
-    config = transformers.AutoConfig.from_pretrained(arguments.model)
     auto = transformers.AutoModelForCausalLM
-    model = random_weights(lambda: auto.from_config(config, dtype=dtype), device, dtype)
+    if has_weights(arguments.model):
+        model = auto.from_pretrained(arguments.model, dtype=dtype).to(device)
+    else:
+        config = transformers.AutoConfig.from_pretrained(arguments.model)
+        model = random_weights(lambda: auto.from_config(config, dtype=dtype), device, dtype)
     options = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(TARGETS)}
     model = get_peft_model(model, LoraConfig(**options)).train()
 
@@ -34,7 +37,7 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
         adapters = (parameter for parameter in model.parameters() if parameter.requires_grad)
         return timed_steps(model, adapters, tokens, steps)
 
-    return {"version": versions}, with_memory({"steps": steps}, device)
+    return {"version": versions}, with_memory({"steps": steps, "nothing": dict}, device)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ operators = torch.ops.mllama
 def raw(
     x, weights, a, b, biases=(), seeds=None, scales=(2.0, 0.5), dropouts=(0.0, 0.0), small=None
 ):
-    """The operator's arguments for dense weights; with `small`, those of its backward pass after the
+    """The operator's arguments for dense weights; with `small`, of its backward pass after the
     gradients.
     """
     count = len(weights)

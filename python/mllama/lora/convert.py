@@ -29,8 +29,7 @@ def convert_linears_to_lora(
     `module` are not changed: `convert_linears_to_lora(model.language_model)` skips the vision
     encoder, whose layers have the same names. Existing LoRA layers stay as they are. A layer used
     in several places stays one layer. A layer that shares its weight with another module, such as
-    an output head tied to the embedding, is skipped. Packed layers count as nn.Linear; they are for
-    inference, with adapters loaded from a file.
+    an output head tied to the embedding, is skipped. Packed layers count as nn.Linear.
 
     Args:
         module: the module to search, at any depth.

@@ -312,8 +312,9 @@ def choose_weights(
 
 
 def optimize(model: _Model, weights: str, calibration: torch.Tensor | None = None) -> _Model:
-    """Pack a model's linear layers, embeddings and output head, for inference: generation then
-    reads fewer bytes per token, and runs all layers in one operator call.
+    """Pack a model's linear layers, embeddings and output head: generation then reads fewer bytes
+    per token, and runs all layers in one operator call. The weights are frozen; adapters can be
+    trained beside them.
 
     Args:
         model: `MllamaForConditionalGeneration`, `SiglipModel`, or a core `VisionLanguageModel`,
