@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mllama.train import loop, random_state
 from mllama.train.run import train
+from mllama.train.settings import load_settings
 from training.runs import (
     assert_same_run,
     assert_same_tensors,
@@ -69,7 +70,9 @@ def test_stopped_and_resumed_equals_uninterrupted(settings, whole, monkeypatch, 
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
     torch.rand(3)  # another process would have other random numbers
     random.random()
-    trained(settings, resume=True)
+    again = load_settings(result.output / "settings.yaml")  # as the command says
+    assert again == settings
+    trained(again, resume=True)
     assert_same_run(result.output, whole)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mllama.cli._training import given_settings
 from mllama.train.checks import run_checks
-from mllama.train.run import TrainResult, train
+from mllama.train.run import SETTINGS, TrainResult, train
 from mllama.train.settings import TrainSettings, load_settings
 
 _BAD_ROWS = 10  # that the summary names
@@ -29,11 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print("\n".join(_summary(settings, result)))
         if result.signal is not None:
-            again = (
-                f"mllama train {shlex.quote(arguments.config)} --resume"
-                if arguments.config
-                else "the same command with --resume"
-            )
+            again = shlex.join(["mllama", "train", str(result.output / SETTINGS), "--resume"])
             print(
                 f"mllama: stopped by signal {result.signal} after step {result.step}; to go on: "
                 f"{again}",
