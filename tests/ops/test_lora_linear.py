@@ -28,7 +28,9 @@ ALL = (True, True, True, True)
 operators = torch.ops.mllama
 
 
-def raw(x, weights, a, b, biases=(), seeds=None, scales=(2.0, 0.5), dropouts=(0.0, 0.0), small=None):
+def raw(
+    x, weights, a, b, biases=(), seeds=None, scales=(2.0, 0.5), dropouts=(0.0, 0.0), small=None
+):
     """The operator's arguments; with `small`, those of its backward pass after the gradients."""
     count = len(weights)
     numbers = list(scales[:count]), list(dropouts[:count])
@@ -231,9 +233,7 @@ def test_lora_linear(keep):
                 "invalid bias",
             ),
             BadCall(
-                lambda: operators.lora_linear(*raw(X, [W], [A], [B.T])),
-                THROWN,
-                "invalid lora_b",
+                lambda: operators.lora_linear(*raw(X, [W], [A], [B.T])), THROWN, "invalid lora_b"
             ),
             BadCall(
                 lambda: operators.lora_linear(*raw(X, [W], [A], [B], [], None, [1.0], [0.5])),

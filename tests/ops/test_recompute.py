@@ -1,7 +1,5 @@
 """What is recomputed in the backward pass instead of being saved."""
 
-from functools import partial
-
 import pytest
 import torch
 

@@ -89,8 +89,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, keys, hidden] -> their keys and values, [B, keys, kv_heads, head_dim]."""
         k, v = (
-            split_heads(part, self.head_dim)
-            for part in linears(states, self.k_proj, self.v_proj)
+            split_heads(part, self.head_dim) for part in linears(states, self.k_proj, self.v_proj)
         )
         return self.k_norm(k), v
 
