@@ -266,7 +266,8 @@ def _derivative(ctx, grad_ys, grad_small):
     for length in ctx.lengths:
         lists.append(tensors[:length])
         tensors = tensors[length:]
-    x, weights, lora_a = restored(ctx.function, tensors), *lists[:2]
+    x = restored(ctx.function, tensors)
+    weights, lora_a = lists[0], lists[1]
     # The output of a layer that nothing came of has no gradient.
     grad_ys = [
         x.new_zeros((*x.shape[:-1], len(weight))) if grad is None else grad
