@@ -118,7 +118,11 @@ _TABLE = {
             "a.by_column ? c * a.width + column : column * a.rank + c",
         ),
         ("bound of ranks dropped", "row < a.rows && c < a.rank ?", "row < a.rows ?"),
-        ("other layers' ranks forgotten", "a.small[row * a.stride + c] :", "a.small[row * a.rank + c] :"),
+        (
+            "other layers' ranks forgotten",
+            "a.small[row * a.stride + c] :",
+            "a.small[row * a.rank + c] :",
+        ),
         (
             "other layers' ranks written over",
             "a.small[(row + i) * a.stride + rank + j]",

@@ -48,7 +48,7 @@ Batch = dict[str, torch.Tensor]
 def llama(
     labeled: int | None = None, text: dict = TEXT, tokens: int = TOKENS
 ) -> tuple[LlamaConfig, type, Batch]:
-    """Llama-3.2-1B's sizes, four of its sixteen layers; the last `labeled` tokens (default: all) are
+    """Four of the sixteen layers of Llama-3.2-1B; the last `labeled` tokens (default: all) are
     trained.
     """
     ids = torch.randint(0, text["vocab_size"] - 1, (1, tokens))

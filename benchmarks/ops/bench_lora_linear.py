@@ -35,9 +35,7 @@ def _group(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
     weights = [torch.randn(out, width, dtype=dtype) for _ in range(2)]
 
     def ours(x, *tensors):
-        layers = [
-            LoraLayer(weights[i], *tensors[2 * i : 2 * i + 2], None, SCALE) for i in range(2)
-        ]
+        layers = [LoraLayer(weights[i], *tensors[2 * i : 2 * i + 2], None, SCALE) for i in range(2)]
         return tuple(lora_linears(x, layers))
 
     def peer(x, *tensors):

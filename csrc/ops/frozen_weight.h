@@ -66,8 +66,7 @@ class FrozenWeight {
         Tensor memory = new_tensor(x, {std::min(step, in_) * out_});
         for (int64_t first = 0; first < in_; first += step) {
             int64_t width = std::min(step, in_ - first);
-            body(unpack(memory, 0, out_, first, width),
-                 torch::stable::narrow(x, 1, first, width));
+            body(unpack(memory, 0, out_, first, width), torch::stable::narrow(x, 1, first, width));
         }
     }
 

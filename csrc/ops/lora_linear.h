@@ -55,10 +55,10 @@ struct LoraLinearArgs {
     }
 
     Dtype dtype;
-    int64_t ranks = 0;      // of all layers
-    bool dropped = false;   // in any of them
-    Tensor x;               // [rows, in]
-    Tensors biases;         // [out], in x's dtype, or none
+    int64_t ranks = 0;             // of all layers
+    bool dropped = false;          // in any of them
+    Tensor x;                      // [rows, in]
+    Tensors biases;                // [out], in x's dtype, or none
     std::vector<LowRankFactor> a;  // [rank, in]; without dropout one for all layers
     std::vector<LowRankFactor> b;  // [out, rank]
 
@@ -188,10 +188,9 @@ struct LoraLinear {
             grad_b.push_back(b.factor);
             if (l.biases.empty()) continue;
             int64_t dim = 0;
-            grad_biases.push_back(bias_gradient
-                                      ? torch::stable::sum(grads[i], Sizes(&dim, 1), false,
-                                                           biases[i].scalar_type())
-                                      : new_tensor(biases[i], {0}));
+            grad_biases.push_back(bias_gradient ? torch::stable::sum(grads[i], Sizes(&dim, 1),
+                                                                     false, biases[i].scalar_type())
+                                                : new_tensor(biases[i], {0}));
         }
         if (a_gradient) {
             std::array<int64_t, 2> sizes{l.ranks, l.x.size(1)};

@@ -13,7 +13,10 @@ import mllama
 from tiny import close
 from tiny.pairs import LANGUAGE, ONE_EACH, Pair, make, pair, renamed
 
-LINEARS = [f"{name}_proj" for name in ("q", "k", "v", "o", "out", "gate", "up", "down")] + ["fc1", "fc2"]
+LINEARS = [f"{name}_proj" for name in ("q", "k", "v", "o", "out", "gate", "up", "down")] + [
+    "fc1",
+    "fc2",
+]
 
 
 def examples(both: Pair, side: str = "right") -> dict[str, torch.Tensor]:

@@ -62,7 +62,6 @@ SIZE = {"height": 2, "width": 3}
 RAW = torch.ops.mllama  # for calls that otherwise look at values of their result
 
 
-
 def _lora_backward(x, weight, lora_a, lora_b, bias, seed, grad_y, small, dropout):
     lists = [weight], [lora_a], [lora_b], [bias]
     grad_x, grad_a, grads_b, grad_biases = RAW._lora_linear_backward(

@@ -112,7 +112,8 @@ void down_by_dots(const LowRank& a, const W* factor, int64_t first_row, int64_t 
             }
             for_vectors(a.width - i,
                         [&](int64_t j, int n) { sum[0] += load(x + i + j) * at(f + i + j, n); });
-            a.small[row * a.stride + c] = a.scale * reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+            a.small[row * a.stride + c] =
+                a.scale * reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
         }
     }
 }

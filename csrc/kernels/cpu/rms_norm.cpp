@@ -15,8 +15,9 @@ void forward_row(const RmsNorm& a, int64_t row) {
     if (a.residual) {
         const T* residual = static_cast<const T*>(a.residual) + row * a.width;
         T* hidden = static_cast<T*>(a.hidden) + row * a.width;
-        for_vectors(a.width,
-                    [&](int64_t i, int n) { put(hidden + i, at(x + i, n) + at(residual + i, n), n); });
+        for_vectors(a.width, [&](int64_t i, int n) {
+            put(hidden + i, at(x + i, n) + at(residual + i, n), n);
+        });
         x = hidden;  // and on with the same sums: the norm of hidden alone has the same bits
     }
     // Four independent sums, because one would wait for each addition.

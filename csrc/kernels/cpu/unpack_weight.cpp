@@ -52,7 +52,8 @@ void unpack_blocks(const PackWeight& a, int64_t first, int64_t last) {
     alignas(64) float rows[kLanes * kGroup];
     dispatch(a.dtype, [&](auto t) {
         for (int64_t block = first; block < last; ++block) {
-            int64_t row = (block - first) * kLanes, lanes = std::min(kLanes, a.out - block * kLanes);
+            int64_t row = (block - first) * kLanes,
+                    lanes = std::min(kLanes, a.out - block * kLanes);
             for_groups(a, block, [&](int64_t at, int64_t count, const Word* tile) {
                 transpose(tile, kLanes, as_words(rows), kGroup, kGroup, kLanes);
                 for (int64_t lane = 0; lane < lanes; ++lane)

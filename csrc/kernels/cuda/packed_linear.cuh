@@ -344,8 +344,8 @@ __global__ void __launch_bounds__(kUnpackThreads)
     for (; i < count * a.width; i += int64_t{gridDim.x} * kUnpackThreads) {
         int64_t row = rows ? rows[i / a.width] : i / a.width;
         if (row < 0 || row >= a.out) trap("unpack_weight: rows has an index that is not there");
-        float value = Value::at(a.packed + row / kLanes * bytes, row % kLanes,
-                                a.first + i % a.width);
+        float value =
+            Value::at(a.packed + row / kLanes * bytes, row % kLanes, a.first + i % a.width);
         static_cast<T*>(a.dense)[i] = from_float<T>(value);
     }
 }

@@ -233,9 +233,7 @@ class Linear_LORA(AdaptedLinear):
             return None
         dropout = self.dropout.p if self.dropout.training else 0.0
         weights = matrix_of(self.linear), self.lora_a.weight, self.lora_b.weight
-        return LoraLayer(
-            *weights, bias, self.scale, dropout, getattr(self.linear, "packing", None)
-        )
+        return LoraLayer(*weights, bias, self.scale, dropout, getattr(self.linear, "packing", None))
 
     def _low_rank(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W' + update, and the bias of `linear`, or None for none."""

@@ -30,8 +30,9 @@ class Head(NamedTuple):
         """[n, in] -> [n, vocabulary]."""
         if self.packing is None:
             return linear(hidden, self.weight)
-        options = {"out_features": self.vocabulary, "packing": self.packing}
-        return dequantized_linear(hidden, self.weight, **options)
+        return dequantized_linear(
+            hidden, self.weight, out_features=self.vocabulary, packing=self.packing
+        )
 
     def gradient(self, scores: torch.Tensor, width: int) -> torch.Tensor:
         """[n, vocabulary] -> [n, width], for hidden."""

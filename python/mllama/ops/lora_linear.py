@@ -294,7 +294,8 @@ def _derivative(ctx, grad_ys, grad_small):
     for length in ctx.lengths:
         lists.append(tensors[:length])
         tensors = tensors[length:]
-    x, weights, lora_a, lora_b = restored(ctx.function, tensors), *lists[:3]
+    x = restored(ctx.function, tensors)
+    weights, lora_a, lora_b = lists[:3]
     # The output of a layer that nothing came of has no gradient.
     grad_ys = [
         x.new_zeros((*x.shape[:-1], len(b))) if grad is None else grad
