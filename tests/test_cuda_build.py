@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 # multiprocessor's 65,536, three blocks of 128 threads have 168 for each thread, two have 255.
 REGISTERS = [
     (r"attention<.*Tiles<\w+, (64|80),", 216, 168),
+    (r"attention<.*Tiles<\w+, 128,.*QuantizedKeyRows", 232, 192),  # blocks of 64 threads
     (r"attention<.*Tiles<\w+, 128,", 232, 176),
     (r"attention<.*Tiles<\w+, 256,", 255, 255),
     (r"attention_query_gradient<.*Tiles<\w+, (64|80),", 208, 168),

@@ -192,7 +192,8 @@ MLLAMA_DEVICE void fetch(typename Tiles::Element* tile, const Rows& rows, int fi
         }
     } else if (rows.in_words) {
         static_assert(std::is_same_v<T, float>);
-        for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
+        // More at once would spill registers where heads are large.
+        MLLAMA_UNROLL_2 for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
             int row = i / kPieces, d = i % kPieces * kPiece;
             float v[kPiece] = {};
             if (first + row < last && d < size)
