@@ -34,6 +34,7 @@ MUST_NOT_NAME = {
     "python/mllama/lora": r"mllama\.(hf|cli|api|dropin|model|runtime)|mllama import",
     "python/mllama/evaluate": r"mllama\.(cli|dropin)",
     "python/mllama/hf": r"mllama\.(cli|dropin)",
+    "python/mllama/data": r"mllama\.(cli|dropin|api|train|evaluate|lora)|mllama import",
     "python/mllama/train": r"mllama\.(cli|dropin)|^\s*(import|from) peft\b",
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines

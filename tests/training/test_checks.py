@@ -8,8 +8,8 @@ import torch
 import mllama
 from mllama.cli import main
 from mllama.train.checks import run_checks
-from mllama.train.collate import Collator
-from mllama.train.sources import open_examples
+from mllama.data.collate import Collator
+from mllama.data.sources import open_examples
 from tiny import folders
 from training.runs import settings_of, write_rows
 

@@ -107,8 +107,8 @@ def test_a_step_is_adamw_on_the_mean_over_all_labels(settings):
     settings = replaced(settings, dropout=0.0, max_steps=2, weight_decay=0.1, max_grad_norm=0.5)
     result = trained(settings)
     model, processor, _ = prepare_model(settings)
-    from mllama.train.collate import Collator
-    from mllama.train.sources import open_examples
+    from mllama.data.collate import Collator
+    from mllama.data.sources import open_examples
 
     examples, collate = open_examples(settings.data), Collator(model, processor)
     kept, _ = held_out(len(examples), settings.eval_fraction, settings.seed)

@@ -16,7 +16,7 @@ from mllama.evaluate import run as evaluate
 from mllama.evaluate.report import PAGE, REPORT, report_of, write_report
 from mllama.quant.packer import packing_of
 from mllama.runtime.image_cache import ImageCache
-from mllama.train.sources import open_examples
+from mllama.data.sources import open_examples
 
 _KEYS = ("data", "image_folder", "question", "split", "limit", "model", "adapter", "metrics")
 _KEYS += ("max_new_tokens", "batch_size", "max_length", "kv_cache", "reference", "gpu_layers")

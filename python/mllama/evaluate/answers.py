@@ -6,7 +6,7 @@ from typing import Any
 
 from mllama.processing.conversation import encode_batch
 from mllama.processing.messages import as_text
-from mllama.train.rows import Example
+from mllama.data.rows import Example
 
 
 @dataclass(frozen=True)

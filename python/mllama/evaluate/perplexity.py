@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mllama.train.collate import Collator
-from mllama.train.rows import Example
+from mllama.data.collate import Collator
+from mllama.data.rows import Example
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def perplexity(
         model: as `mllama.load` returns it, in eval mode.
         processor: its processor.
         examples: conversations.
-        max_length: as `mllama.train.collate.Collator` takes it.
+        max_length: as `mllama.data.collate.Collator` takes it.
         progress: called with the number of rows after each pass.
 
     Raises:

@@ -13,7 +13,7 @@ from mllama.processing.messages import as_text
 from mllama.runtime.checks import check_count
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.session import Session
-from mllama.train.rows import Example
+from mllama.data.rows import Example
 
 PERPLEXITY = "perplexity"
 WHAT_PERPLEXITY = "exp of the mean loss of the answers' tokens"
@@ -92,7 +92,7 @@ def run(
 
     Args:
         model, processor: as `mllama.load` returns them.
-        examples: as `mllama.train.sources.open_examples` returns them; or a list.
+        examples: as `mllama.data.sources.open_examples` returns them; or a list.
         metrics: names of KNOWN.
         max_new_tokens: maximum length of an answer.
         batch_size: rows that are answered together.

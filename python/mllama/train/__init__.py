@@ -1,1 +1,1 @@
-"""Fine-tuning: settings, data, the loop, its checkpoints. Nothing is imported until it is used."""
+"""Fine-tuning: settings, the loop, its checkpoints. Nothing is imported until it is used."""

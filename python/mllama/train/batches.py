@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mllama.train.rows import Example
+from mllama.data.rows import Example
 
 Batch = dict[str, torch.Tensor]
 

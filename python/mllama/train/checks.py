@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from mllama.nn.wrappers import unwrapped
-from mllama.train.collate import Collator
+from mllama.data.collate import Collator
 from mllama.train.prepare import compute_dtype, prepare_model
 from mllama.train.settings import TrainSettings
-from mllama.train.sources import open_examples
+from mllama.data.sources import open_examples
 
 Batch = Mapping[str, torch.Tensor]
 _IGNORED = -100

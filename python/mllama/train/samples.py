@@ -10,7 +10,7 @@ from mllama.processing.conversation import encode_messages
 from mllama.processing.image import load_image
 from mllama.processing.messages import as_text
 from mllama.train.figures import Sample
-from mllama.train.rows import Example
+from mllama.data.rows import Example
 
 _MAX_NEW_TOKENS = 64
 

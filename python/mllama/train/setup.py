@@ -11,15 +11,15 @@ from torch.utils.data import Subset
 
 from mllama.device import choose_device
 from mllama.train import random_state
-from mllama.train.collate import Collator
+from mllama.data.collate import Collator
 from mllama.train.course import Course, held_out
-from mllama.train.features import FeatureCache
+from mllama.data.features import FeatureCache
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype, prepare_model, trained_parameters
-from mllama.train.rows import Example
+from mllama.data.rows import Example
 from mllama.train.settings import TrainSettings
 from mllama.train.sharding import shard
-from mllama.train.sources import open_examples
+from mllama.data.sources import open_examples
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from mllama.processing.image_source import shorten
 from mllama.processing.messages import ASSISTANT, IMAGE_KEYS, as_text
-from mllama.train.images import ImageFinder
+from mllama.data.images import ImageFinder
 
 PLACEHOLDER = "<image>"  # in the texts of LLaVA's form, and of questions
 READ = ("messages", "conversations", "question", "answer", "answers", "image", "images")

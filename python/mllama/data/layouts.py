@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mllama.config.spec import ModelSpec
-from mllama.train.encoded import EncodedRow
+from mllama.data.encoded import EncodedRow
 
 Tensors = dict[str, torch.Tensor]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mllama.train.rows import READ
+from mllama.data.rows import READ
 
 _SAVED = ("dataset_dict.json", "state.json")
 

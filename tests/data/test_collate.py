@@ -10,9 +10,9 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 import mllama
 import tiny
 from mllama import MllamaImageProcessor
-from mllama.train.collate import Collator
-from mllama.train.rows import Example
-from mllama.train.sources import open_examples
+from mllama.data.collate import Collator
+from mllama.data.rows import Example
+from mllama.data.sources import open_examples
 from processing import templates
 from processing.test_answers import make
 from tiny import data, folders, tokenizers

@@ -11,8 +11,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from mllama.train import files
-from mllama.train.sources import open_examples
+from mllama.data import files
+from mllama.data.sources import open_examples
 from tiny import data
 
 PNG = b"\x89PNG"

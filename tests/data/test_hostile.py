@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 
 import mllama
 from mllama.processing.image import load_image
-from mllama.train.collate import Collator
+from mllama.data.collate import Collator
 from mllama.train.settings import load_settings
-from mllama.train.sources import open_examples
+from mllama.data.sources import open_examples
 from tiny import data
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Image size")

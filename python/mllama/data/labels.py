@@ -8,9 +8,9 @@ from itertools import groupby
 
 from mllama.hf.processors.chat import IGNORED
 from mllama.processing.messages import ASSISTANT
-from mllama.train.collate import Collator
-from mllama.train.encoded import EncodedRow
-from mllama.train.rows import Example
+from mllama.data.collate import Collator
+from mllama.data.encoded import EncodedRow
+from mllama.data.rows import Example
 
 IMAGE, TEMPLATE = "image", "template"
 _BROKEN = "\ufffd"  # what a decoder writes for a part of a character

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mllama.processing.image import FORMATS
 from mllama.processing.image_source import shorten
-from mllama.train.rows import READ
+from mllama.data.rows import READ
 
 MAX_ROW_BYTES = 2**28  # of a line of JSON
 _BLOCK = 2**24  # bytes

@@ -9,10 +9,10 @@ from typing import Any, overload
 import numpy as np
 
 from mllama.processing.image import load_image
-from mllama.train.files import ClassFolders, CsvRows, JsonArray, JsonLines, Rows
-from mllama.train.hub_rows import HubRows, is_saved
-from mllama.train.images import ImageFinder
-from mllama.train.rows import Example, read_row
+from mllama.data.files import ClassFolders, CsvRows, JsonArray, JsonLines, Rows
+from mllama.data.hub_rows import HubRows, is_saved
+from mllama.data.images import ImageFinder
+from mllama.data.rows import Example, read_row
 
 _FILES = (".jsonl", ".ndjson", ".json", ".csv")
 _ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
@@ -97,7 +97,7 @@ def open_examples(
     Raises:
         TypeError: source is not a path.
         FileNotFoundError: the file does not exist.
-        ValueError: the file cannot be read as a whole (see `mllama.train.files`), has no rows, or
+        ValueError: the file cannot be read as a whole (see `mllama.data.files`), has no rows, or
             only bad ones; an option is not for this kind of source.
         ImportError: the datasets library is needed and not installed.
     """

@@ -6,11 +6,11 @@ import torch
 import mllama
 import tiny
 from helpers import counted_images
-from mllama.train.collate import Collator
-from mllama.train.features import FeatureCache
-from mllama.train.sources import open_examples
+from mllama.data.collate import Collator
+from mllama.data.features import FeatureCache
+from mllama.data.sources import open_examples
 from tiny import data
-from training.test_collate import loaded, open_gates
+from data.test_collate import loaded, open_gates
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mllama.train.rows import READ
-from mllama.train.sources import load_images, open_examples
+from mllama.data.rows import READ
+from mllama.data.sources import load_images, open_examples
 
 PAGE = (Path(__file__).parents[2] / "docs/training-data.md").read_text()
 
