@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from on_device import wait_for
@@ -12,7 +13,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def timed_steps(
-    model: nn.Module, adapters: Iterable[nn.Parameter], tokens: int, steps: int
+    model: nn.Module, adapters: Iterable[nn.Parameter], tokens: int, steps: int, **options: Any
 ) -> dict:
     """Seconds of some steps with AdamW on one sequence, after one to warm up.
 
@@ -21,6 +22,7 @@ def timed_steps(
         adapters: its parameters that are trained.
         tokens: of the sequence.
         steps: that are timed.
+        options: of the model's forward.
 
     Returns:
         `seconds`, `tokens`, and `more`: seconds of a step, and on a GPU the most memory above the
@@ -33,7 +35,7 @@ def timed_steps(
         if step == 1:
             wait_for(device)
             start = time.perf_counter()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model(input_ids=ids, labels=ids, use_cache=False, **options).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     wait_for(device)

@@ -31,7 +31,8 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
     model.train()
 
     def steps(tokens: int, steps: int) -> dict:
-        return timed_steps(model, mllama.lora_parameters(model), tokens, steps)
+        adapters = mllama.lora_parameters(model)
+        return timed_steps(model, adapters, tokens, steps, logits_to_keep=None)
 
     return {"version": version("mllama")}, with_memory({"steps": steps, "nothing": dict}, device)
 
