@@ -124,7 +124,7 @@ def train(settings: TrainSettings, resume: bool = False) -> TrainResult:
         state = loop.state
         finished = state.step == setup.course.steps
         trained = _write_result(setup, loop, output) if finished else None
-        accelerator.end_training()
+        setup.close()
     return TrainResult(
         output=output,
         trained=trained,

@@ -57,6 +57,14 @@ class Setup:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def close(self) -> None:
+        """End trackers and processes. DDP's module goes first: gloo's group, deleted with the last
+        module that holds it, joins a thread that may wait for the interpreter's lock.
+        """
+        self.wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
 
 def set_up(settings: TrainSettings, accelerator: Any, device: torch.device) -> Setup:
     """Load model and data, and build what trains them.
