@@ -5,12 +5,12 @@ import torch
 
 import mllama
 import tiny
+from data.test_collate import loaded, open_gates
 from helpers import counted_images
 from mllama.data.collate import Collator
 from mllama.data.features import FeatureCache
 from mllama.data.sources import open_examples
 from tiny import data
-from data.test_collate import loaded, open_gates
 
 
 @pytest.fixture(scope="module")

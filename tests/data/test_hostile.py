@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageOps
 
 import mllama
-from mllama.processing.image import load_image
 from mllama.data.collate import Collator
-from mllama.train.settings import load_settings
 from mllama.data.sources import open_examples
+from mllama.processing.image import load_image
+from mllama.train.settings import load_settings
 from tiny import data
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Image size")

@@ -11,14 +11,14 @@ from PIL import Image
 
 import mllama
 from mllama.cli import _evaluation, main
+from mllama.data.collate import Collator
+from mllama.data.rows import Example
+from mllama.data.sources import open_examples
 from mllama.evaluate import run
 from mllama.evaluate.answers import answer_rows
 from mllama.evaluate.perplexity import perplexity
 from mllama.evaluate.report import PAGE, REPORT, write_report
 from mllama.evaluate.run import DEFAULT, KNOWN, _session
-from mllama.data.collate import Collator
-from mllama.data.rows import Example
-from mllama.data.sources import open_examples
 from tiny import folders
 
 WITHOUT_TEXT = ("siglip",)

@@ -7,9 +7,9 @@ import torch
 
 import mllama
 from mllama.cli import main
-from mllama.train.checks import run_checks
 from mllama.data.collate import Collator
 from mllama.data.sources import open_examples
+from mllama.train.checks import run_checks
 from tiny import folders
 from training.runs import settings_of, write_rows
 

@@ -10,13 +10,13 @@ from typing import Any
 from mllama import __version__
 from mllama.api import load_quietly, say_loaded
 from mllama.cli._answering import check_reference
+from mllama.data.sources import open_examples
 from mllama.device import dtype_name
 from mllama.evaluate import Evaluation
 from mllama.evaluate import run as evaluate
 from mllama.evaluate.report import PAGE, REPORT, report_of, write_report
 from mllama.quant.packer import packing_of
 from mllama.runtime.image_cache import ImageCache
-from mllama.data.sources import open_examples
 
 _KEYS = ("data", "image_folder", "question", "split", "limit", "model", "adapter", "metrics")
 _KEYS += ("max_new_tokens", "batch_size", "max_length", "kv_cache", "reference", "gpu_layers")

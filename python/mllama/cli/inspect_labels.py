@@ -10,12 +10,12 @@ import torch
 
 from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
-from mllama.hf.processors.auto import load_processor
-from mllama.model.model import VisionLanguageModel
-from mllama.processing.auto import processor_of
 from mllama.data.collate import Collator
 from mllama.data.labels import Summary, count_roles, label_tokens, summarize, token_lines
 from mllama.data.sources import Examples, open_examples
+from mllama.hf.processors.auto import load_processor
+from mllama.model.model import VisionLanguageModel
+from mllama.processing.auto import processor_of
 
 _SHOWN = 5  # bad rows printed; --json prints all
 

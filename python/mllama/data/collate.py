@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
+from mllama.data.encoded import EncodedRow
+from mllama.data.layouts import ImageLayout, layout_of
+from mllama.data.rows import Example
 from mllama.hf.processors.chat import IGNORED, chat_labels
 from mllama.nn.wrappers import unwrapped
 from mllama.processing.conversation import encode_messages
 from mllama.processing.messages import as_text
-from mllama.data.encoded import EncodedRow
-from mllama.data.layouts import ImageLayout, layout_of
-from mllama.data.rows import Example
 
 IMAGE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from mllama.data.rows import READ
 from mllama.processing.image import FORMATS
 from mllama.processing.image_source import shorten
-from mllama.data.rows import READ
 
 MAX_ROW_BYTES = 2**28  # of a line of JSON
 _BLOCK = 2**24  # bytes

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from mllama.hf.processors.chat import IGNORED
-from mllama.processing.messages import ASSISTANT
 from mllama.data.collate import Collator
 from mllama.data.encoded import EncodedRow
 from mllama.data.rows import Example
+from mllama.hf.processors.chat import IGNORED
+from mllama.processing.messages import ASSISTANT
 
 IMAGE, TEMPLATE = "image", "template"
 _BROKEN = "\ufffd"  # what a decoder writes for a part of a character

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllama.data.images import ImageFinder
 from mllama.processing.image_source import shorten
 from mllama.processing.messages import ASSISTANT, IMAGE_KEYS, as_text
-from mllama.data.images import ImageFinder
 
 PLACEHOLDER = "<image>"  # in the texts of LLaVA's form, and of questions
 READ = ("messages", "conversations", "question", "answer", "answers", "image", "images")

@@ -8,11 +8,11 @@ from typing import Any, overload
 
 import numpy as np
 
-from mllama.processing.image import load_image
 from mllama.data.files import ClassFolders, CsvRows, JsonArray, JsonLines, Rows
 from mllama.data.hub_rows import HubRows, is_saved
 from mllama.data.images import ImageFinder
 from mllama.data.rows import Example, read_row
+from mllama.processing.image import load_image
 
 _FILES = (".jsonl", ".ndjson", ".json", ".csv")
 _ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllama.data.rows import Example
 from mllama.processing.conversation import encode_batch
 from mllama.processing.messages import as_text
-from mllama.data.rows import Example
 
 
 @dataclass(frozen=True)

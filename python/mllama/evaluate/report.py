@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mllama.checkpoints.files import write_folder
+from mllama.data.rows import Example
 from mllama.evaluate.answers import images_of
 from mllama.evaluate.run import Evaluation, Row
 from mllama.processing.image import load_image
-from mllama.data.rows import Example
 
 REPORT, PAGE = "report.json", "worst.html"
 WORST = 50  # rows on the page

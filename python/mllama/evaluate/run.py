@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllama.data.rows import Example
 from mllama.evaluate.answers import Answer, answer_rows
 from mllama.evaluate.metrics import METRICS, Scores, score
 from mllama.evaluate.perplexity import perplexity
@@ -13,7 +14,6 @@ from mllama.processing.messages import as_text
 from mllama.runtime.checks import check_count
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.session import Session
-from mllama.data.rows import Example
 
 PERPLEXITY = "perplexity"
 WHAT_PERPLEXITY = "exp of the mean loss of the answers' tokens"

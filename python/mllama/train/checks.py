@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.nn.wrappers import unwrapped
 from mllama.data.collate import Collator
+from mllama.data.sources import open_examples
+from mllama.nn.wrappers import unwrapped
 from mllama.train.prepare import compute_dtype, prepare_model
 from mllama.train.settings import TrainSettings
-from mllama.data.sources import open_examples
 
 Batch = Mapping[str, torch.Tensor]
 _IGNORED = -100

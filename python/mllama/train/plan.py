@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllama.data.collate import Collator
+from mllama.data.rows import Example
+from mllama.data.sources import open_examples
 from mllama.device import choose_device, dtype_name
 from mllama.model.memory import Work, memory_needed
 from mllama.train.batches import count_trained
 from mllama.train.blueprint import lay_out_model
-from mllama.data.collate import Collator
 from mllama.train.fakes import OPTIMIZER, Batch, FakeSteps
 from mllama.train.machine import available_memory, resident_memory
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype
-from mllama.data.rows import Example
 from mllama.train.settings import TrainSettings
-from mllama.data.sources import open_examples
 
 LIBRARIES = "Python and libraries"
 ROWS = 100  # of the data, that a plan looks at

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from mllama.data.rows import Example
 from mllama.hf.answering import GenerateSession
 from mllama.processing.conversation import encode_messages
 from mllama.processing.image import load_image
 from mllama.processing.messages import as_text
 from mllama.train.figures import Sample
-from mllama.data.rows import Example
 
 _MAX_NEW_TOKENS = 64
 

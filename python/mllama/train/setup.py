@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from mllama.data.collate import Collator
+from mllama.data.features import FeatureCache
+from mllama.data.rows import Example
+from mllama.data.sources import open_examples
 from mllama.device import choose_device
 from mllama.train import random_state
-from mllama.data.collate import Collator
 from mllama.train.course import Course, held_out
-from mllama.data.features import FeatureCache
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype, prepare_model, trained_parameters
-from mllama.data.rows import Example
 from mllama.train.settings import TrainSettings
 from mllama.train.sharding import shard
-from mllama.data.sources import open_examples
 
 
 @dataclass
