@@ -20,6 +20,7 @@ NAMES = (
     *FUSED,
     "attention",
     "packed_linear",
+    "dequantized_linear",
     "lora_linear",
     "patch_embed",
     "select_token",
