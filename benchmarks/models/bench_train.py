@@ -58,7 +58,7 @@ def llama(
 def siglip_llama(
     text: dict = TEXT, vision: dict = VISION, image: int = IMAGE
 ) -> tuple[LlavaConfig, type, Batch]:
-    """SigLIP-base before two layers of Llama-3.2-1B; an image, and 60 tokens of which 40 answer."""
+    """SigLIP-base before two layers of Llama-3.2-1B; an image, 60 tokens, the last 40 trained."""
     config = LlavaConfig(
         vision_config=vision | {"vision_use_head": False},
         text_config=text | {"model_type": "llama", "num_hidden_layers": 2},
@@ -78,8 +78,8 @@ def llama_vision(
     text: dict = TEXT, vision: dict = TILED, image: int = IMAGE
 ) -> tuple[MllamaConfig, type, Batch]:
     """Llama-3.2-Vision with smaller widths, eight layers and two global ones in the tower and eight
-    in the decoder, two of which attend to the image; an image of four tiles and 256 tokens, of
-    which 128 answer.
+    in the decoder, two of which attend to the image; an image of four tiles and 256 tokens, the
+    last 128 an answer.
     """
     layers = text | {
         "hidden_size": text["hidden_size"] // 2,

@@ -126,7 +126,7 @@ def load_quietly(
             options["reference"] = reference
         dtype = opened.resolve_dtype(dtype, place)
         weights = choose_weights(weights, opened.packing, place, adapter is not None)
-        packed = weights if adapter is None or isinstance(adapter, Mapping) else None
+        packed = weights if _packs_while_loading(adapter) else None
         model, _ = load_opened(found, opened, dtype, place, weights=packed, **options)
     _adapt(model, adapter, weights)
     offload(model, gpu_layers, place)
@@ -172,8 +172,7 @@ def open_session(
         processor = None if beyond_session(settings) else _core_processor(folder)
         if processor is not None:
             check_settings(where, settings)
-            mapped = isinstance(own_adapter, Mapping)
-            packed = weights if own_adapter is None or mapped else None
+            packed = weights if _packs_while_loading(own_adapter) else None
             loaded_as = dtype_named(opened.resolve_dtype(dtype, place))
             check_gpu_layers(gpu_layers, place, True)
             model = load_core(opened, loaded_as, place, reference, packed, progress, gpu_layers)
@@ -204,13 +203,18 @@ def _core_processor(folder: Path) -> Any:
         return None
 
 
+def _packs_while_loading(adapter: Paths | None) -> bool:
+    """Whether weights can be packed as they are read: one adapter is merged first, several not."""
+    return adapter is None or isinstance(adapter, Mapping)
+
+
 def _adapt(model: Any, adapter: Paths | None, weights: str | None) -> None:
     """Load adapters, if any. Weights that shall be packed are packed with one adapter in them;
     several by name stay beside them.
     """
     if adapter is None:
         return
-    beside = isinstance(adapter, Mapping)  # of which any may be used, so that none is merged
+    beside = _packs_while_loading(adapter)
     if packing_of(model) is not None and not beside:
         raise ValueError(
             "packed weights take no adapter: give the model that they were packed from, with "

@@ -53,6 +53,22 @@ def group_lists(differentiable):
     return lists
 
 
+def allocations(call):
+    """Sizes in bytes of what torch's allocator gives out in a call."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's matrix product takes some scratch for each
+    try:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+    finally:
+        torch.set_num_threads(threads)
+    return [
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+
+
 def inputs(shape, out, rank, dtype=torch.float32, adapters=torch.float32):
     """x, weight, lora_a, lora_b, bias, scaled so that all results are near 1."""
     width = shape[-1]
@@ -508,20 +524,10 @@ def test_what_is_saved_and_allocated():
     arguments = {tensor.data_ptr() for tensor in (x, weight, a, b, bias, SEED)}
     others = [tensor for tensor in saved if tensor.data_ptr() not in arguments]
     assert [(tensor.shape, tensor.dtype) for tensor in others] == [((rows, rank), torch.float32)]
-    grad_y, threads = torch.ones_like(y), torch.get_num_threads()
+    grad_y = torch.ones_like(y)
     y.backward(grad_y, retain_graph=True)  # cuBLAS's workspaces stay
     x.grad = a.grad = b.grad = None
-    torch.set_num_threads(1)  # torch's matrix product takes some scratch for each
-    try:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            y.backward(grad_y)
-    finally:
-        torch.set_num_threads(threads)
-    sizes = [
-        event.nbytes()
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
+    sizes = allocations(lambda: y.backward(grad_y))
     assert max(sizes) == x.numel() * x.element_size()  # the gradient of x
 
 
@@ -675,18 +681,7 @@ def test_what_a_group_saves_and_allocates():
     x.grad = None
     for layer in layers:
         layer.lora_a.grad = layer.lora_b.grad = None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's matrix product takes some scratch for each
-    try:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            torch.autograd.backward(ys, grads)
-    finally:
-        torch.set_num_threads(threads)
-    sizes = [
-        event.nbytes()
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
+    sizes = allocations(lambda: torch.autograd.backward(ys, grads))
     assert sum(size >= x.nbytes for size in sizes) == 1
 
 

@@ -62,13 +62,13 @@ def load_session(arguments: argparse.Namespace) -> Loaded:
             arguments.draft_model,
             arguments.gpu_layers,
             kv_cache=arguments.kv_cache,
-            image_cache=_image_cache(arguments),
+            image_cache=image_cache(arguments),
             prompt_lookup_tokens=arguments.prompt_lookup,
         )
     return Loaded(session, options, status, time.perf_counter() - start)
 
 
-def _image_cache(arguments: argparse.Namespace) -> ImageCache | None:
+def image_cache(arguments: argparse.Namespace) -> ImageCache | None:
     """The cache with the files of --image-cache; None for the session's own, in memory."""
     return None if arguments.image_cache is None else ImageCache(folder=arguments.image_cache)
 

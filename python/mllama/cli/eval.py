@@ -9,14 +9,13 @@ from typing import Any
 
 from mllama import __version__
 from mllama.api import load_quietly, say_loaded
-from mllama.cli._answering import check_reference
+from mllama.cli._answering import check_reference, image_cache
 from mllama.data.sources import open_examples
 from mllama.device import dtype_name
 from mllama.evaluate import Evaluation
 from mllama.evaluate import run as evaluate
 from mllama.evaluate.report import PAGE, REPORT, report_of, write_report
 from mllama.quant.packer import packing_of
-from mllama.runtime.image_cache import ImageCache
 
 _KEYS = ("data", "image_folder", "question", "split", "limit", "model", "adapter", "metrics")
 _KEYS += ("max_new_tokens", "batch_size", "max_length", "kv_cache", "reference", "gpu_layers")
@@ -33,8 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.split,
         arguments.skip_bad_rows,
     )
-    count = len(found) if arguments.limit is None else min(arguments.limit, len(found))
-    examples = [found[place] for place in range(count)]
+    examples = found[: arguments.limit]
     model, processor = load_quietly(
         arguments.model,
         arguments.dtype,
@@ -46,7 +44,6 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.gpu_layers,
     )
     say_loaded(arguments.model, model)
-    folder = arguments.image_cache
     with _Bars(len(examples)) as bars:
         result = evaluate(
             model,
@@ -57,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.batch_size,
             arguments.max_length,
             arguments.kv_cache,
-            None if folder is None else ImageCache(folder=folder),
+            image_cache(arguments),
             bars,
         )
     settings = _settings(arguments, model)

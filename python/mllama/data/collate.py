@@ -122,13 +122,7 @@ class Collator:
             raise ValueError(f"{example.where}: {reason}") from error
 
     def _encode(self, example: Example) -> EncodedRow:
-        self._layout.check_images(
-            sum(
-                part["type"] == "image"
-                for message in example.messages
-                for part in message["content"]
-            )
-        )
+        self._layout.check_images(len(example.images))
         inputs = self._inputs(example.messages)
         row = EncodedRow(
             inputs["input_ids"][0],

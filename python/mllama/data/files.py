@@ -20,7 +20,7 @@ from mllama.processing.image_source import shorten
 
 MAX_ROW_BYTES = 2**28  # of a line of JSON
 _BLOCK = 2**24  # bytes
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 class Rows(Protocol):
@@ -86,7 +86,7 @@ class JsonArray:
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._rows = parse_json(path.read_bytes().removeprefix(_BOM))
+            self._rows = parse_json(path.read_bytes().removeprefix(BOM))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if not isinstance(self._rows, list) or not self._rows:
@@ -219,8 +219,8 @@ def _lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
     found, offset, bom = [], 0, 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
-            if not offset and block.startswith(_BOM):
-                bom = len(_BOM)
+            if not offset and block.startswith(BOM):
+                bom = len(BOM)
             found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset)
             offset += len(block)
     breaks = np.concatenate([*found, [offset]]).astype(np.int64)  # the last line may have no break

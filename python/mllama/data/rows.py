@@ -41,6 +41,16 @@ class Example:
     where: str
     answers: tuple[str, ...] = ()
 
+    @property
+    def images(self) -> list[Any]:
+        """The images of all messages, in order, as the parts have them."""
+        return [
+            part["image"]
+            for message in self.messages
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
+
 
 def read_row(row: Any, where: str, images: ImageFinder, question: str | None = None) -> Example:
     """Make a row canonical.

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from mllama.data.files import ClassFolders, CsvRows, JsonArray, JsonLines, Rows
+from mllama.data.files import BOM, ClassFolders, CsvRows, JsonArray, JsonLines, Rows
 from mllama.data.hub_rows import HubRows, is_saved
 from mllama.data.images import ImageFinder
 from mllama.data.rows import Example, read_row
@@ -132,13 +132,11 @@ def load_images(example: Example) -> None:
     Raises:
         ValueError: one cannot be loaded; the message begins with the example's `where`.
     """
-    for message in example.messages:
-        for part in message["content"]:
-            if part["type"] == "image":
-                try:
-                    load_image(part["image"])
-                except (OSError, ValueError) as error:
-                    raise ValueError(f"{example.where}: {error}") from error
+    for image in example.images:
+        try:
+            load_image(image)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{example.where}: {error}") from error
 
 
 def _open_file(path: Path) -> Rows:
@@ -154,4 +152,4 @@ def _open_file(path: Path) -> Rows:
 
 def _is_array(path: Path) -> bool:
     with open(path, "rb") as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        return file.read(1024).removeprefix(BOM).lstrip()[:1] == b"["

@@ -60,16 +60,6 @@ def answer_rows(
     return [one for one in found if one is not None]
 
 
-def images_of(example: Example) -> list[Any]:
-    """The images of a row, in order, as the row has them."""
-    return [
-        part["image"]
-        for message in example.messages
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
-
-
 def _batches(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
     """Places of rows with as many images, the longest texts first: what does not fit in memory does
     not fit at once.
@@ -78,7 +68,7 @@ def _batches(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
     def key(place: int) -> tuple[int, int]:
         asked = examples[place].messages[:-1]
         length = sum(len(as_text(message["content"])) for message in asked)
-        return len(images_of(examples[place])), length
+        return len(examples[place].images), length
 
     keys = {place: key(place) for place in range(len(examples))}
     order = sorted(keys, key=keys.__getitem__, reverse=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 from mllama.checkpoints.files import write_folder
 from mllama.data.rows import Example
-from mllama.evaluate.answers import images_of
 from mllama.evaluate.run import Evaluation, Row
 from mllama.processing.image import load_image
 
@@ -107,7 +106,7 @@ def page_of(
 
 
 def _article(row: Row, example: Example) -> str:
-    images = "".join(map(_image, images_of(example)))
+    images = "".join(map(_image, example.images))
     answer = "not generated" if row.answer is None else row.answer.text
     scores = ", ".join(f"{name} {_number(value)}" for name, value in row.scores.items())
     return (

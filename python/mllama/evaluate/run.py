@@ -107,7 +107,7 @@ def run(
             missing.
     """
     names = _check(metrics, max_new_tokens, batch_size, max_length)
-    rows = [examples[place] for place in range(len(examples))]
+    rows = list(examples)
     if not rows:
         raise ValueError("there are no rows to evaluate")
     references = [list(one.answers) or [as_text(one.messages[-1]["content"])] for one in rows]

@@ -104,6 +104,19 @@ def linear_layers(
     module: nn.Module, classes: tuple[type[nn.Linear], ...] = (nn.Linear,)
 ) -> dict[str, nn.Linear | PackedLinear]:
     """Linear layers under each of their dotted names, except those inside LoRA layers."""
+    return {
+        name: layer
+        for name, layer in adaptable_layers(module, classes).items()
+        if not isinstance(layer, Linear_LORA)
+    }
+
+
+def adaptable_layers(
+    module: nn.Module, classes: tuple[type[nn.Linear], ...] = (nn.Linear,)
+) -> dict[str, Any]:
+    """Linear layers and LoRA layers under each of their dotted names, in the module's order; not
+    what is inside of LoRA layers.
+    """
     kinds: tuple[Any, ...] = (*classes, PackedLinear) if nn.Linear in classes else classes
     everything = list(module.named_modules(remove_duplicate=False))
     inside = tuple(
@@ -112,16 +125,8 @@ def linear_layers(
     return {
         name: layer
         for name, layer in everything
-        if isinstance(layer, kinds) and not name.startswith(inside)
-    }
-
-
-def adaptable_layers(module: nn.Module) -> dict[str, Any]:
-    """Linear layers and LoRA layers under each of their dotted names."""
-    return linear_layers(module) | {
-        name: layer
-        for name, layer in module.named_modules(remove_duplicate=False)
         if isinstance(layer, Linear_LORA)
+        or (isinstance(layer, kinds) and not name.startswith(inside))
     }
 
 

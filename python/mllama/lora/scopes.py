@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from mllama.lora.layer import Linear_LORA
-from mllama.nn.packed import PackedLinear
+from mllama.lora.convert import adaptable_layers
 from mllama.nn.wrappers import plain_name
 
 _DECODER = r"language_model\.layers\.\d+\."
@@ -69,21 +68,9 @@ def find_targets(
             has. A regular expression or a range is not valid; a pattern of ranks matches nothing.
     """
     targets = _texts(targets)
-    known = linear_names(model)
+    known = [plain_name(model, name) for name in adaptable_layers(model) if name]
     chosen = {name for target in targets for name in _matches(model, target, known)}
     return ranked([name for name in known if name in chosen], ranks)
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Plain names of linear layers, with adapters or without, in the model's order."""
-    everything = list(model.named_modules(remove_duplicate=False))
-    inside = tuple(f"{name}." for name, layer in everything if isinstance(layer, Linear_LORA))
-    kinds = (nn.Linear, PackedLinear, Linear_LORA)
-    return [
-        plain_name(model, name)
-        for name, layer in everything
-        if isinstance(layer, kinds) and name and not name.startswith(inside)
-    ]
 
 
 def ranked(

@@ -1,9 +1,7 @@
 """Counts the bytes of tensors by kind while torch computes, real ones and fake ones alike."""
 
-import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ class AllocationTracker(TorchDispatchMode):
         super().__init__()
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._vocabulary, self._kind = vocabulary, "activations"
+        self._vocabulary = vocabulary
         self._known: dict[int, tuple[str, int]] = {}  # storage -> kind, bytes
 
     def note(self, tensor: torch.Tensor, kind: str) -> None:
@@ -45,15 +43,6 @@ class AllocationTracker(TorchDispatchMode):
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
 
-    @contextlib.contextmanager
-    def counting_as(self, kind: str) -> Iterator[None]:
-        """Context in which new tensors are of this kind."""
-        before, self._kind = self._kind, kind
-        try:
-            yield
-        finally:
-            self._kind = before
-
     def _drop(self, key: int) -> None:
         kind, size = self._known.pop(key)
         self.live[kind] -= size
@@ -70,4 +59,4 @@ class AllocationTracker(TorchDispatchMode):
 
     def _kind_of(self, tensor: torch.Tensor) -> str:
         wide = tensor.dim() > 1 and tensor.is_floating_point()
-        return "logits" if wide and tensor.shape[-1] == self._vocabulary else self._kind
+        return "logits" if wide and tensor.shape[-1] == self._vocabulary else "activations"

@@ -2,15 +2,16 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from mllama.data.rows import Example
+from mllama.hf.processors.chat import IGNORED
 
-Batch = dict[str, torch.Tensor]
+Batch = Mapping[str, torch.Tensor]
 
 
 class _Maker:
@@ -76,7 +77,7 @@ def _leave_signals(worker: int) -> None:
 
 def count_trained(batch: Batch) -> int:
     """The number of labels that a batch trains: each row's first has nothing before it."""
-    return int((batch["labels"][:, 1:] != -100).sum())
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def count_tokens(batch: Batch) -> int:

@@ -4,7 +4,7 @@ learns. Each leaves the model as it was.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,12 @@ from torch import nn
 
 from mllama.data.collate import Collator
 from mllama.data.sources import open_examples
+from mllama.hf.processors.chat import IGNORED
 from mllama.nn.wrappers import unwrapped
-from mllama.train.prepare import compute_dtype, prepare_model
+from mllama.train.batches import Batch
+from mllama.train.prepare import autocast, compute_dtype, prepare_model
 from mllama.train.settings import TrainSettings
 
-Batch = Mapping[str, torch.Tensor]
-_IGNORED = -100
 _SHOWN = 5  # names in a message
 _FALL = 0.9  # of the first loss, that a repeated batch must fall below
 
@@ -157,11 +157,10 @@ def run_checks(settings: TrainSettings, rows: int | None = None) -> list[Check]:
         settings.data, settings.image_folder, settings.question, settings.split
     )
     collator = Collator(model, processor, settings.max_length, settings.pack)
-    count = min(rows or settings.batch_size, len(examples))
-    batch = collator([examples[row] for row in range(count)])
+    batch = collator(examples[: rows or settings.batch_size])
     device, dtype = next(model.parameters()).device, compute_dtype(settings, model)
     batch = {name: value.to(device) for name, value in batch.items()}
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device.type, dtype):
         return [
             check_labels(model, batch),
             check_gradients(model, batch),
@@ -219,7 +218,7 @@ def _label_problem(model: Any, batch: Batch) -> tuple[str | None, str]:
     ids, labels = batch["input_ids"], batch["labels"]
     if labels.shape != ids.shape:
         return f"labels are {list(labels.shape)}, input_ids {list(ids.shape)}", ""
-    trained = labels != _IGNORED
+    trained = labels != IGNORED
     vocabulary, mask = model.spec.text.vocab_size, batch.get("attention_mask")
     real = torch.ones_like(trained) if mask is None else mask != 0
     rules = {

@@ -1,6 +1,6 @@
 """A training step without memory: parameters and activations have shapes and no values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,9 +9,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mllama.runtime.images import IMAGE_INPUTS
 from mllama.train.allocations import AllocationTracker
+from mllama.train.batches import Batch, count_trained
+from mllama.train.prepare import autocast
 
-Batch = Mapping[str, torch.Tensor]
 TRAINED, FROZEN = "trained parameters", "frozen weights"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 
@@ -77,16 +79,15 @@ class FakeSteps:
 
     def _forward(self, batch: Batch) -> Any:
         """As the training loop does."""
-        trained = int((batch["labels"][:, 1:] != -100).sum())
-        with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+        trained = count_trained(batch)
+        with autocast("cpu", self._dtype):
             return self._model(**batch, logits_to_keep=None, num_items_in_batch=trained)
 
     @torch.no_grad()
     def _with_features(self, batch: Batch) -> Batch:
         if "pixel_values" not in batch:
             return batch
-        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-        images = {name: batch[name] for name in names if name in batch}
+        images = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
         with _WithoutValues():
             features = self._model.get_image_features(**images)
         rest = {name: value for name, value in batch.items() if name != "pixel_values"}

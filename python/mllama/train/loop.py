@@ -17,7 +17,7 @@ from mllama.train.batches import Batch, count_tokens, count_trained, load_batche
 from mllama.train.checkpoints import Checkpoint, CheckpointFolder
 from mllama.train.log import Log
 from mllama.train.optimizer import load_optimizer_state, optimizer_state
-from mllama.train.prepare import adapter_parameters
+from mllama.train.prepare import adapter_parameters, autocast
 from mllama.train.progress import TrainingProgress, peak_memory
 from mllama.train.setup import Setup
 from mllama.train.sharding import without_sync
@@ -209,9 +209,7 @@ class Loop:
             return called(**batch, logits_to_keep=None, **options)
 
     def _autocast(self) -> torch.autocast:
-        dtype = self.setup.dtype
-        kind = self.setup.device.type
-        return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+        return autocast(self.setup.device.type, self.setup.dtype)
 
     def _note(self, step: int, trained: int, read: int) -> None:
         """Count a step, log it and show it."""

@@ -14,9 +14,9 @@ from mllama.data.rows import Example
 from mllama.data.sources import open_examples
 from mllama.device import choose_device, dtype_name
 from mllama.model.memory import Work, memory_needed
-from mllama.train.batches import count_trained
+from mllama.train.batches import Batch, count_trained
 from mllama.train.blueprint import lay_out_model
-from mllama.train.fakes import OPTIMIZER, Batch, FakeSteps
+from mllama.train.fakes import OPTIMIZER, FakeSteps
 from mllama.train.machine import available_memory, resident_memory
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype
@@ -139,8 +139,8 @@ class _Rows:
         examples = open_examples(
             settings.data, settings.image_folder, settings.question, settings.split
         )
-        self.looked_at = min(len(examples), ROWS)
-        first = [examples[row] for row in range(self.looked_at)]
+        first = examples[:ROWS]
+        self.looked_at = len(first)
         self._examples: list[Example] = sorted(
             first, key=lambda example: len(collator.encode(example)), reverse=True
         )
@@ -237,11 +237,12 @@ def _switches(
         total = max(sum(parts.values()), sum(samples.values()))
         return Switch(changes, total, total <= budget)
 
-    found = [tried(changes) for changes in _changes(settings, rows, device)]
+    alone = _changes(settings, rows, device)
+    found = [tried(changes) for changes in alone]
     found.sort(key=lambda switch: switch.total)
     if not found or any(switch.fits for switch in found):
         return found
-    first, *rest = _changes(settings, rows, device)
+    first, *rest = alone
     together = dict(first)
     for changes in rest:
         if together.keys() & changes.keys():

@@ -58,7 +58,7 @@ def make_trainable(model: Any, settings: TrainSettings, quiet: bool = False) -> 
     model.requires_grad_(False)
     adapted = None
     if settings.method == "full":
-        _unfreeze(model)
+        model.requires_grad_(True)  # which a packed model refuses
     elif settings.adapter is not None:
         load_lora(model, settings.adapter)
     else:
@@ -86,12 +86,6 @@ def _adapt(model: nn.Module, settings: TrainSettings, quiet: bool) -> Adapted:
         )
 
 
-def _unfreeze(model: nn.Module) -> None:
-    if any(buffer.dtype == torch.uint8 for buffer in model.buffers()):
-        raise ValueError("model has packed weights, which method full cannot train: use lora")
-    model.requires_grad_(True)
-
-
 def compute_dtype(settings: TrainSettings, model: nn.Module) -> torch.dtype:
     """The dtype that a prepared model computes in."""
     if (named := dtype_named(settings.dtype)) is not None:
@@ -101,6 +95,11 @@ def compute_dtype(settings: TrainSettings, model: nn.Module) -> torch.dtype:
         return frozen[0].dtype
     size = sum(one.nbytes for one in model.parameters()) // 2  # as 16-bit weights
     return choose_dtype(next(model.parameters()).device, size)
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Context in which a prepared model computes in a dtype, on a type of device."""
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

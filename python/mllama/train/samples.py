@@ -26,12 +26,7 @@ def answer_samples(model: Any, processor: Any, examples: Sequence[Example]) -> l
         asked, expected = example.messages[:-1], example.messages[-1]
         inputs = encode_messages(processor, asked)
         answer = session.generate(inputs, max_new_tokens=_MAX_NEW_TOKENS).completions[0].text
-        images = tuple(
-            load_image(part["image"])
-            for message in asked
-            for part in message["content"]
-            if part["type"] == "image"
-        )
+        images = tuple(map(load_image, example.images))
         question = as_text(asked[-1]["content"])
         found.append(Sample(question, as_text(expected["content"]), answer.strip(), images))
     return found

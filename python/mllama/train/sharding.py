@@ -8,6 +8,7 @@ import torch
 from torch import distributed, nn
 
 from mllama.nn.checkpointing import CheckpointedLayer
+from mllama.quant.packer import packing_of
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -24,7 +25,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if any(buffer.dtype == torch.uint8 for buffer in model.buffers()):
+    if packing_of(model) is not None:
         raise ValueError("shard: packed weights cannot be shared out; each process has all of them")
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for module in list(model.modules()):
