@@ -136,6 +136,15 @@ def test_parts_of_the_keys(case, kv_cache):
     assert (alone - expected).abs().max() <= TOLERANCE[kv_cache] * expected.abs().max()
 
 
+def test_rows_of_codes_that_end_their_buffer():
+    """44 bytes for heads of 40, in tiles of 64 columns; nothing is behind the last one."""
+    model = optimize(pairs.make("llama", head_dim=40).ours, "f32")
+    exact = logits_of(model, [NEW], kv_cache="int8", capacity=PAST + NEW)
+    with plain_torch():
+        expected = logits_of(model, [NEW], kv_cache="int8")
+    assert (exact - expected).abs().max() <= TOLERANCE["int8"] * expected.abs().max()
+
+
 @pytest.mark.parametrize("architecture", [75, 86, 90])
 @pytest.mark.parametrize("kv_cache", TOLERANCE)
 def test_architecture(architecture, kv_cache):
