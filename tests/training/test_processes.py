@@ -1,4 +1,4 @@
-"""`mllama train` with two processes, by torchrun and accelerate, on the CPU."""
+"""`mllama train` with two processes on the CPU, by torchrun and accelerate, and forked."""
 
 import dataclasses
 import os
@@ -12,7 +12,17 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import mllama
-from training.runs import assert_same_run, log_of, replaced, settings_of, trained, write_rows
+from training.runs import (
+    assert_same_run,
+    log_of,
+    replaced,
+    settings_of,
+    start_two,
+    trained,
+    trained_by_two,
+    waited,
+    write_rows,
+)
 
 pytest.importorskip("accelerate")
 LAUNCHERS = {
@@ -65,23 +75,14 @@ def test_two_processes_learn_what_one_does_of_all_rows(launcher, model_folder, d
         assert two == pytest.approx(one, rel=1e-3)
 
 
-@pytest.fixture(scope="module")
-def images(data):
-    """Rows with images alone."""
-    path = data.with_name("images.jsonl")
-    lines = data.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if "image" in line))
-    return path
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_weights_shared_out_learn_the_same(method, model_folder, images, tmp_path):
+def test_weights_shared_out_learn_the_same(forking, method, model_folder, tmp_path):
     options = {"dropout": 0.0}
     if method == "full":
         options |= {"rank": 16, "method": "full", "learning_rate": 1e-3, "checkpoint": "sharded"}
+    images = write_rows(tmp_path, text=False)
     settings = settings_of(model_folder, images, tmp_path / "two", samples=1, shard=True, **options)
-    done = launch("torchrun", settings)
-    assert done.returncode == 0, done.stderr[-3000:]
+    trained_by_two(settings)
     one = {"output": str(tmp_path / "one"), "accumulation": 4, "shard": False}
     one = replaced(settings, **one, checkpoint="gathered")
     result = trained(one)
@@ -97,25 +98,24 @@ def test_weights_shared_out_learn_the_same(method, model_folder, images, tmp_pat
             torch.testing.assert_close(parameter.detach(), saved[name], rtol=1e-2, atol=1e-3)
 
 
-def test_weights_shared_out_need_the_same_layers(model_folder, data, tmp_path):
+def test_weights_shared_out_need_the_same_layers(forking, model_folder, data, tmp_path):
     settings = settings_of(model_folder, data, tmp_path / "two", shard=True, batch_size=1)
-    done = launch("torchrun", settings)
-    assert done.returncode != 0 and "need rows with images, or none does" in done.stderr
+    assert all(waited(start_two(settings)))
+    assert "need rows with images, or none does" in (tmp_path / "error.txt").read_text()
     with pytest.raises(ValueError, match="several processes"):
         trained(settings)
 
 
-def test_two_processes_resume(model_folder, data, tmp_path):
+def test_two_processes_resume(forking, model_folder, data, tmp_path):
     settings = settings_of(model_folder, data, tmp_path / "whole", accumulation=1)
     parts = replaced(settings, output=str(tmp_path / "parts"))
-    assert launch("torchrun", settings).returncode == 0
-    assert launch("torchrun", parts).returncode == 0
+    trained_by_two(settings)
+    trained_by_two(parts)
     for step in (5, 6):  # as if it had ended after step 4
         folder = tmp_path / f"parts/checkpoints/step-{step:08}"
         if folder.exists():
             folder.rename(tmp_path / f"removed-{step}")
-    done = launch("torchrun", parts, "--resume")
-    assert "resumed after step 4" in done.stderr and done.returncode == 0, done.stderr[-3000:]
+    trained_by_two(parts, resume=True)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     with pytest.raises(ValueError, match="2 processes, this one 1"):
         trained(parts, resume=True)

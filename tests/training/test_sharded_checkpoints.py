@@ -3,13 +3,10 @@ The processes are forked, which is quicker than torchrun.
 """
 
 import errno
-import gc
-import importlib
 import json
 import os
 import re
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,47 +14,30 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import distributed
 
 from mllama.train.settings import TrainSettings
 from training.runs import (
     assert_same_run,
     assert_same_tensors,
-    in_child,
     log_of,
     replaced,
     settings_of,
+    start_two,
     trained,
+    trained_by_two,
+    waited,
     write_rows,
 )
 
-accelerate_state = pytest.importorskip("accelerate.state")
+pytest.importorskip("accelerate")
+pytestmark = pytest.mark.usefixtures("forking")
 STEP = "step-{:08}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def accelerate():
-    """State that tests before leave, and these to tests after. Forked processes need not look at
-    the objects of this one.
-    """
-    if not distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
-    for slow in ("torch.distributed.checkpoint", "torch.distributed.fsdp", "matplotlib.pyplot"):
-        importlib.import_module(slow)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Rows with images alone."""
-    path = write_rows(tmp_path_factory.mktemp("data"))
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if "image" in line))
-    return path
+    return write_rows(tmp_path_factory.mktemp("data"), text=False)
 
 
 def sharded(model: Path, data: Path, output: Path) -> TrainSettings:
@@ -86,32 +66,8 @@ def settings(model_folder, images, tmp_path):
 def whole(model_folder, images, tmp_path_factory):
     """The folder of a run that is not interrupted, whose checkpoints are gathered."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    finish(replaced(sharded(model_folder, images, output), checkpoint="gathered"))
+    trained_by_two(replaced(sharded(model_folder, images, output), checkpoint="gathered"))
     return output
-
-
-def start(settings: TrainSettings, resume: bool = False) -> list[int]:
-    """Start a run of two processes; returns their ids."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    before, children = dict(os.environ), []
-    try:
-        for rank in ("0", "1"):
-            os.environ.update(place, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2")
-            children.append(in_child(settings, resume))
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return children
-
-
-def finish(settings: TrainSettings, resume: bool = False) -> None:
-    """A run of two processes that must end by itself."""
-    ended = [os.waitpid(child, 0)[1] for child in start(settings, resume)]
-    said = Path(settings.output).parent / "error.txt"
-    assert ended == [0, 0], said.read_text() if said.exists() else ended
 
 
 def parts_of(folder: Path) -> dict[str, list[torch.Tensor]]:
@@ -145,7 +101,7 @@ def assert_parts_of(one: Path, whole: Path) -> None:
 
 
 def test_each_process_writes_its_part(settings, whole, tmp_path):
-    finish(settings)
+    trained_by_two(settings)
     steps = tmp_path / "run/checkpoints"
     assert_parts_of(steps / STEP.format(6), whole / "checkpoints" / STEP.format(6))
     suffixes = {path.suffix for path in steps.rglob("*") if path.is_file()}
@@ -153,7 +109,7 @@ def test_each_process_writes_its_part(settings, whole, tmp_path):
     for step in (5, 6):
         (steps / STEP.format(step)).rename(tmp_path / str(step))
     # The rest from parts, with checkpoints of the other kind.
-    finish(replaced(settings, checkpoint="gathered"), resume=True)
+    trained_by_two(replaced(settings, checkpoint="gathered"), resume=True)
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -181,7 +137,7 @@ def test_killed_while_it_writes_it_resumes(settings, whole, monkeypatch, tmp_pat
 
         with monkeypatch.context() as patch:
             at_fsync(patch, kill)
-            children = start(settings, resume=True)
+            children = start_two(settings, resume=True)
         assert os.waitpid(children[killed], 0)[1] == signal.SIGKILL
         os.kill(children[1 - killed], signal.SIGKILL)
         os.waitpid(children[1 - killed], 0)
@@ -189,7 +145,7 @@ def test_killed_while_it_writes_it_resumes(settings, whole, monkeypatch, tmp_pat
         kept = sorted(path.name for path in steps.glob("step-*"))
         assert kept == [STEP.format(each) for each in range(1, step)]
     assert_parts_of(steps / STEP.format(2), whole / "checkpoints" / STEP.format(2))
-    finish(settings, resume=True)
+    trained_by_two(settings, resume=True)
     assert_parts_of(steps / STEP.format(6), whole / "checkpoints" / STEP.format(6))
     assert log_of(tmp_path / "run") == log_of(whole)
     assert not list(steps.glob(".*"))  # what was left is removed
@@ -205,12 +161,12 @@ def test_a_full_disk_and_broken_parts(settings, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         at_fsync(patch, full)
-        ended = [os.waitpid(child, 0)[1] for child in start(settings)]
+        ended = waited(start_two(settings))
     assert all(ended) and "No space left" in said.read_text() and STEP.format(1) in said.read_text()
     assert [path.name for path in steps.glob("step-*")] == [STEP.format(1)]
     (broken,) = (steps / STEP.format(1) / "optimizer").glob("shard-00002*")
     broken.write_bytes(broken.read_bytes()[:-8])
-    ended = [os.waitpid(child, 0)[1] for child in start(settings, resume=True)]
+    ended = waited(start_two(settings, resume=True))
     assert all(ended) and "step-00000001 is broken" in said.read_text()
     assert broken.name in said.read_text()
 
