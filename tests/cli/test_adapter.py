@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import mllama
 from helpers import needs_kernels
+from mllama.cli import build_parser
 from mllama.hf import stock
 
 
@@ -196,3 +197,13 @@ def test_verify_needs_an_adapter_that_fits(run, family_folder, adapters, monkeyp
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
         stock.adapt_stock(None, adapters[0] / "peft")
+
+
+def test_every_command_that_reads_weights_has_the_option():
+    commands = build_parser()._subparsers._group_actions[0].choices
+    without = {
+        name
+        for name, command in commands.items()
+        if not any("--adapter" in action.option_strings for action in command._actions)
+    }
+    assert without == {"download", "info", "inspect-labels", "lora"}  # lora names them by place

@@ -262,6 +262,9 @@ def _check_together(settings: TrainSettings) -> None:
     _refuse(settings.shard and settings.dtype in ("auto", "float16"), _SHARD_DTYPES)
     _refuse(settings.shard and "weights" in given, "weights cannot be packed with shard")
     _refuse(settings.shard and "cache_features" in given, "cache_features cannot be with shard")
+    # its kernels get the shards as if they were whole: bitsandbytes' issue 1633
+    eight = settings.optimizer == "adamw8bit"
+    _refuse(settings.shard and eight, "optimizer adamw8bit cannot be with shard: use adamw")
     _refuse("checkpoint" in given and not settings.shard, "checkpoint: sharded needs shard")
     _refuse(settings.pack and settings.max_length is None, "pack needs max_length")
     _refuse("epochs" in given and "max_steps" in given, "epochs has no effect beside max_steps")
