@@ -39,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge)
     merge.add_argument("model", metavar="MODEL")
     merge.add_argument("adapters", metavar="ADAPTERS", help="of mllama.save_lora, or PEFT's folder")
-    merge.add_argument("target", metavar="OUT", help="folder to write; empty or absent")
+    merge.add_argument("target", metavar="OUT", help="folder to write")
+    merge.add_argument("--force", action="store_true", help="OUT may have files")
     return parser
 
 
@@ -59,7 +60,7 @@ def _adapt(given: argparse.Namespace) -> None:
 
 
 def _merge(given: argparse.Namespace) -> None:
-    merged = merge(given.model, given.adapters, Path(given.target))
+    merged = merge(given.model, given.adapters, Path(given.target), force=given.force)
     print(f"{given.target}: the {merged.config.model_type} with its adapters merged")
 
 

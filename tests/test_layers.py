@@ -35,7 +35,8 @@ MUST_NOT_NAME = {
     "python/mllama/evaluate": r"mllama\.(cli|dropin)",
     "python/mllama/hf": r"mllama\.(cli|dropin)",
     "python/mllama/data": r"mllama\.(cli|dropin|api|train|evaluate|lora)|mllama import",
-    "python/mllama/train": r"mllama\.(cli|dropin)|^\s*(import|from) peft\b",
+    "python/mllama/train": r"mllama\.(cli|dropin|plan)|^\s*(import|from) peft\b",
+    "python/mllama/plan": r"mllama\.(cli|dropin)|^\s*(import|from) peft\b",
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
 

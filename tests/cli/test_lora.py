@@ -46,7 +46,7 @@ def test_merged(run, model_folder, adapters, tmp_path):
         torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(merged), logits(base), atol=1e-2)
     code, text, error = run("lora", "merge", model_folder, folder / "peft", out)
-    assert code == 2 and "is not an empty folder" in error and not text
+    assert code == 2 and "exists and is not empty" in error and not text
     code, text, _ = run("lora", "merge", model_folder, folder / "peft", out, "--force", "--json")
     assert code == 0 and json.loads(text)["family"] == "llava"
 

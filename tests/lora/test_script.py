@@ -92,10 +92,7 @@ def test_all_of_a_model_without_a_processor(tmp_path, capsys):
             ["merge", "{folder}", "{tmp}/a.safetensors", "{tmp}/merged"],
             "a.safetensors is no file of adapters",
         ),
-        (
-            ["merge", "{folder}", "{tmp}/a.safetensors", "{folder}"],
-            "exists and is not an empty folder",
-        ),
+        (["merge", "{folder}", "{tmp}/a.safetensors", "{folder}"], "exists and is not empty"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(

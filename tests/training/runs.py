@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -16,15 +17,16 @@ COLORS = ("red", "green", "blue", "white", "black")
 TIMES = ("tokens_per_second", "peak_memory")  # of a log: what differs between equal runs
 
 
-def write_rows(folder: Path) -> Path:
-    """Ten rows of unequal length, half of them with an image."""
+def write_rows(folder: Path, text: bool = True) -> Path:
+    """Ten rows of unequal length, half of them with an image; or these alone."""
     rows = []
     for number, color in enumerate(COLORS):
         Image.new("RGB", (40, 30), color).save(folder / f"{color}.png")
         rows.append({"image": f"{color}.png", "question": "What color?", "answer": color})
         rows.append({"question": f"Say {number}.", "answer": f"It is {color}. " * (number + 1)})
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = [row for row in rows if text or "image" in row]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return path
 
 
@@ -101,3 +103,35 @@ def trained(settings: TrainSettings, resume: bool = False) -> TrainResult:
     result = train(settings, resume)
     assert result.signal is None and result.step == result.steps
     return result
+
+
+def start_two(settings: TrainSettings, resume: bool = False) -> list[int]:
+    """Start a run of two processes, forked, which is quicker than torchrun; returns their ids."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # this process's own, of earlier runs
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    before, children = dict(os.environ), []
+    try:
+        for rank in ("0", "1"):
+            os.environ.update(place, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2")
+            children.append(in_child(settings, resume))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return children
+
+
+def trained_by_two(settings: TrainSettings, resume: bool = False) -> None:
+    """A run of two processes that must end by itself."""
+    ended = waited(start_two(settings, resume))
+    said = Path(settings.output).parent / "error.txt"
+    assert ended == [0, 0], said.read_text() if said.exists() else ended
+
+
+def waited(children: list[int]) -> list[int]:
+    """How processes ended; 0 is well."""
+    return [os.waitpid(child, 0)[1] for child in children]

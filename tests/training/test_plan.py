@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mllama.cli import main
-from mllama.train import machine
-from mllama.train.fakes import FROZEN, GRADIENTS, OPTIMIZER, TRAINED
-from mllama.train.machine import available_memory, parse_bytes
-from mllama.train.plan import LIBRARIES, plan
+from mllama.plan import machine
+from mllama.plan.fakes import FROZEN, GRADIENTS, OPTIMIZER, TRAINED
+from mllama.plan.machine import available_memory, parse_bytes
+from mllama.plan.run import LIBRARIES, plan
 from mllama.train.settings import TrainSettings, load_settings
 from tiny import folders, stock, tokenizers
 from training.runs import write_rows

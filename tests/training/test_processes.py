@@ -1,4 +1,4 @@
-"""`mllama train` with two processes, by torchrun and accelerate, on the CPU."""
+"""`mllama train` with two processes on the CPU, by torchrun and accelerate, and forked."""
 
 import dataclasses
 import os
@@ -14,11 +14,13 @@ from torch import distributed
 import mllama
 from training.runs import (
     assert_same_run,
-    assert_same_tensors,
     log_of,
     replaced,
     settings_of,
+    start_two,
     trained,
+    trained_by_two,
+    waited,
     write_rows,
 )
 
@@ -73,24 +75,16 @@ def test_two_processes_learn_what_one_does_of_all_rows(launcher, model_folder, d
         assert two == pytest.approx(one, rel=1e-3)
 
 
-@pytest.fixture(scope="module")
-def images(data):
-    """Rows with images alone."""
-    path = data.with_name("images.jsonl")
-    lines = data.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if "image" in line))
-    return path
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_weights_shared_out_learn_the_same(method, model_folder, images, tmp_path):
+def test_weights_shared_out_learn_the_same(forking, method, model_folder, tmp_path):
     options = {"dropout": 0.0}
     if method == "full":
-        options |= {"rank": 16, "method": "full", "learning_rate": 1e-3}
+        options |= {"rank": 16, "method": "full", "learning_rate": 1e-3, "checkpoint": "sharded"}
+    images = write_rows(tmp_path, text=False)
     settings = settings_of(model_folder, images, tmp_path / "two", samples=1, shard=True, **options)
-    done = launch("torchrun", settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one = replaced(settings, output=str(tmp_path / "one"), accumulation=4, shard=False)
+    trained_by_two(settings)
+    one = {"output": str(tmp_path / "one"), "accumulation": 4, "shard": False}
+    one = replaced(settings, **one, checkpoint="gathered")
     result = trained(one)
     for two, alone in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
         assert two == pytest.approx(alone, rel=1e-3)
@@ -102,34 +96,26 @@ def test_weights_shared_out_learn_the_same(method, model_folder, images, tmp_pat
     for name, parameter in model.named_parameters():
         if name in saved:
             torch.testing.assert_close(parameter.detach(), saved[name], rtol=1e-2, atol=1e-3)
-    if method == "lora":
-        parts = tmp_path / "two/checkpoints"
-        (parts / "step-00000006").rename(tmp_path / "removed")
-        before = (tmp_path / "two/adapter/adapter_model.safetensors").rename(tmp_path / "before")
-        done = launch("torchrun", settings, "--resume")
-        assert "resumed after step 4" in done.stderr and done.returncode == 0, done.stderr[-3000:]
-        assert_same_tensors(tmp_path / "two/adapter/adapter_model.safetensors", before)
 
 
-def test_weights_shared_out_need_the_same_layers(model_folder, data, tmp_path):
+def test_weights_shared_out_need_the_same_layers(forking, model_folder, data, tmp_path):
     settings = settings_of(model_folder, data, tmp_path / "two", shard=True, batch_size=1)
-    done = launch("torchrun", settings)
-    assert done.returncode != 0 and "need rows with images, or none does" in done.stderr
+    assert all(waited(start_two(settings)))
+    assert "need rows with images, or none does" in (tmp_path / "error.txt").read_text()
     with pytest.raises(ValueError, match="several processes"):
         trained(settings)
 
 
-def test_two_processes_resume(model_folder, data, tmp_path):
+def test_two_processes_resume(forking, model_folder, data, tmp_path):
     settings = settings_of(model_folder, data, tmp_path / "whole", accumulation=1)
     parts = replaced(settings, output=str(tmp_path / "parts"))
-    assert launch("torchrun", settings).returncode == 0
-    assert launch("torchrun", parts).returncode == 0
+    trained_by_two(settings)
+    trained_by_two(parts)
     for step in (5, 6):  # as if it had ended after step 4
         folder = tmp_path / f"parts/checkpoints/step-{step:08}"
         if folder.exists():
             folder.rename(tmp_path / f"removed-{step}")
-    done = launch("torchrun", parts, "--resume")
-    assert "resumed after step 4" in done.stderr and done.returncode == 0, done.stderr[-3000:]
+    trained_by_two(parts, resume=True)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     with pytest.raises(ValueError, match="2 processes, this one 1"):
         trained(parts, resume=True)

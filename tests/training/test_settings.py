@@ -92,6 +92,8 @@ def test_every_default_is_of_its_key():
         ("shard: true\ndtype: float16", "dtype"),
         ("shard: true\ndtype: bfloat16\nweights: int8", "weights"),
         ("shard: true\ndtype: bfloat16\ncache_features: x", "cache_features"),
+        ("shard: true\ndtype: bfloat16\noptimizer: adamw8bit", "adamw8bit"),
+        ("checkpoint: sharded", "shard"),
         ("rank: 4\nrank: 8", "repeated"),
         ("a: &x [1]\nb: *x", "aliases"),
         ("rank: !!python/object/apply:os.system [true]", "line 2"),

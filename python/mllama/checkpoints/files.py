@@ -180,6 +180,29 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) 
     path.chmod(mode)
 
 
+def check_free(target: Path, force: bool, suffix: str | None = None) -> None:
+    """Check, before a model is read, that a command can write there and overwrites nothing.
+
+    Args:
+        target: OUT of the command.
+        force: --force: what is there may be overwritten.
+        suffix: of a file. Default: target is a folder.
+
+    Raises:
+        ValueError: target has another suffix, or is a folder instead of a file or the reverse.
+        FileExistsError: the file exists, or the folder is not empty, without `force`.
+    """
+    is_file = suffix is not None
+    if is_file and target.suffix != suffix:
+        raise ValueError(f"OUT must be a file that ends in {suffix}, got {target}")
+    if target.exists() and target.is_dir() == is_file:
+        raise ValueError(f"OUT must be a {'file' if is_file else 'folder'}, and {target} is none")
+    if not force and target.exists() and (is_file or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} exists{'' if is_file else ' and is not empty'}; --force writes over it"
+        )
+
+
 def write_folder(
     folder: Path, write: Callable[[Path], None], replaced: Collection[str] = ()
 ) -> None:

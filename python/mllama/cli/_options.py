@@ -18,13 +18,10 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
     add_device(parser)
 
 
-def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """Add --adapter."""
-    parser.add_argument(
-        "--adapter",
-        metavar="PATH",
-        help="a LoRA adapter for the model: a file of mllama.save_lora, or a PEFT folder",
-    )
+def add_adapter(parser: argparse.ArgumentParser, use: str = "") -> None:
+    """Add --adapter; `use` says what it is for, where that is not to answer."""
+    help = "a LoRA adapter for the model: a file of mllama.save_lora, or a PEFT folder"
+    parser.add_argument("--adapter", metavar="PATH", help=f"{help}; {use}" if use else help)
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:

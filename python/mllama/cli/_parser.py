@@ -210,6 +210,7 @@ def _add_quantize(commands) -> None:
         metavar="FILE",
         help="a text to compare both models on (default: a part of Python's documentation)",
     )
+    add_adapter(parser, "merged into the weights before they are packed")
     parser.add_argument("--no-report", action="store_true", help="do not compare them")
     parser.add_argument(
         "--force",
@@ -226,6 +227,7 @@ def _add_inspect(commands) -> None:
         "print a model's family, sizes, parameters, memory and loading problems",
     )
     add_folder(parser)
+    add_adapter(parser, "what it adapts and adds; exit code 1 if it does not fit")
     parser.add_argument(
         "--context",
         type=number(int, 1),
@@ -262,6 +264,7 @@ def _add_verify(commands) -> None:
         "with plain ones",
     )
     add_folder(parser)
+    add_adapter(parser, "transformers is then compared with the adapter of PEFT")
     parser.add_argument(
         "--dtype", default="float32", choices=DTYPES[1:], help="dtype of both (default: float32)"
     )

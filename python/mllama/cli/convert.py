@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.files import write_folder
+from mllama.checkpoints.files import check_free, write_folder
 from mllama.checkpoints.hub import find_folder
 from mllama.cli._options import DTYPES
 from mllama.cli._parser import GGUF_DTYPES
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = arguments.dtype or kinds[0]
     if dtype not in kinds:
         raise ValueError(f"--to {arguments.to} takes --dtype {', '.join(kinds)}, got {dtype}")
-    _check_free(target, to_gguf, arguments.force)
+    check_free(target, arguments.force, ".gguf" if to_gguf else None)
     source = find_folder(arguments.source)
     with (opened := open_checkpoint(source)).source:
         if opened.packing is not None:
@@ -56,18 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         _write_folder(model, processor, target)
         print(f"{target}: a {kind} in {dtype_name(model.dtype)}")
-
-
-def _check_free(target: Path, to_gguf: bool, force: bool) -> None:
-    """Check, before reading anything, that nothing is overwritten without --force."""
-    if to_gguf and target.suffix != ".gguf":
-        raise ValueError(f"OUT must be a file that ends in .gguf, got {target}")
-    if target.exists() and target.is_dir() == to_gguf:
-        raise ValueError(f"OUT must be a {'file' if to_gguf else 'folder'}, and {target} is none")
-    if not force and target.exists() and (to_gguf or any(target.iterdir())):
-        raise FileExistsError(
-            f"{target} exists{'' if to_gguf else ' and is not empty'}; --force writes over it"
-        )
 
 
 def _processor(source: Path, required: bool):

@@ -20,11 +20,14 @@ from mllama.hf.config_objects import config_object
 from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
 from mllama.hf.weight_types import count_bytes
-from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed
+from mllama.lora.adapters import plain_layers
+from mllama.lora.files import describe_adapter, misfit
+from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed, part_of
 from mllama.weights.family import Config
 
 _CONTEXT = 4096  # default for models that take more
 _MOST_LAYERS = 1000  # the largest released models have some 130
+_FLOAT32 = 4  # bytes; the dtype of adapters, whatever the model's
 _SHOWN = 5  # names printed per kind of problem; --json prints all
 
 
@@ -33,14 +36,25 @@ def run(arguments: argparse.Namespace) -> int:
     from config.json.
     """
     found = collect(
-        arguments.folder, arguments.context, arguments.batch, arguments.tiles, arguments.dtype
+        arguments.folder,
+        arguments.context,
+        arguments.batch,
+        arguments.tiles,
+        arguments.dtype,
+        arguments.adapter,
     )
     print(json.dumps(found) if arguments.json else _page(found))
-    return 1 if found["loads"] is False else 0
+    adapter = found["adapter"]
+    return 1 if found["loads"] is False or (adapter and not adapter["fits"]) else 0
 
 
 def collect(
-    folder: str | Path | None, context: int | None, batch: int, tiles: int | None, dtype: str
+    folder: str | Path | None,
+    context: int | None,
+    batch: int,
+    tiles: int | None,
+    dtype: str,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Everything that `run` prints.
 
@@ -51,10 +65,11 @@ def collect(
         batch: number of rows.
         tiles: tiles of a row's images. Default: one image's.
         dtype: dtype to load the model in; "auto" is the files' own.
+        adapter: an adapter for it, as `mllama.load_lora` takes it.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_checkpoint`; context or tiles given for a model
-            without a decoder or without images.
+        FileNotFoundError, ValueError: as `open_checkpoint` and `describe_adapter`; context or
+            tiles given for a model without a decoder or without images.
     """
     path = find_model(folder)
     if (config := config_alone(path)) is not None:
@@ -74,6 +89,9 @@ def collect(
         )
     work = _work(model, report, context, batch, tiles, dtype)
     memory = memory_needed(model, work)
+    adapted = None if adapter is None else _adapted(model, adapter)
+    if adapted is not None:
+        memory["adapter"] = _FLOAT32 * sum(part["parameters"] for part in adapted["parts"].values())
     return {
         "folder": str(path),
         "family": config["model_type"],
@@ -82,6 +100,7 @@ def collect(
         "read as": elements,
         "stored": stored,
         "parameters": parameters | {"total": sum(parameters.values())},
+        "adapter": adapted,
         "work": {
             "context": work.context,
             "batch": work.batch,
@@ -108,6 +127,20 @@ def _lay_out(config: Config) -> PreTrainedModel:
             )
     with torch.device("meta"):
         return model_class(spec)(config_object(config))
+
+
+def _adapted(model: PreTrainedModel, path: str) -> dict[str, Any]:
+    """What an adapter file has and, if it fits the model, which gets it, where that goes: layers
+    and parameters by the model's parts.
+    """
+    found = {"path": path} | describe_adapter(path)
+    problem = misfit(model, path)
+    parts: dict[str, dict[str, int]] = {}
+    for name, layer in plain_layers(model).items():
+        part = parts.setdefault(part_of(model, name), {"layers": 0, "parameters": 0})
+        part["layers"] += 1
+        part["parameters"] += sum(one.numel() for one in layer.adapter())
+    return found | {"parts": parts, "fits": problem is None, "problem": problem}
 
 
 def _dtype_of(config: Config) -> torch.dtype:
@@ -213,6 +246,7 @@ def _page(found: dict[str, Any]) -> str:
             *_table(
                 "parameters", {name: f"{count:,}" for name, count in found["parameters"].items()}
             ),
+            *_adapter(found["adapter"]),
             *_table(
                 f"memory ({asked})",
                 {name: bytes_text(count) for name, count in found["memory"].items()},
@@ -225,6 +259,21 @@ def _page(found: dict[str, Any]) -> str:
             *faults,
         ]
     )
+
+
+def _adapter(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    if not found["fits"]:
+        return [f"adapter {found['path']} does not fit: {found['problem']}"]
+    rows = {
+        f"{part}, {counts['layers']} layers": f"{counts['parameters']:,}"
+        for part, counts in found["parts"].items()
+    }
+    if found["trained"]:
+        rows["trained in full beside it"] = f"{found['trained_parameters']:,}"
+    kind, ranks = "DoRA" if found["dora"] else "LoRA", ", ".join(found["ranks"])
+    return _table(f"parameters of {found['path']} ({kind}, rank {ranks})", rows)
 
 
 def _table(title: str, rows: dict[str, str]) -> list[str]:

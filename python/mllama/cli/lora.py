@@ -8,13 +8,13 @@ from typing import Any
 
 from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.files import write_folder
+from mllama.checkpoints.files import check_free, write_folder
 from mllama.device import dtype_name
 from mllama.hf.checkpoints import load_opened
 from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
 from mllama.hf.processors.auto import load_processor
-from mllama.lora.files import convert_adapter, describe_adapter
+from mllama.lora.files import convert_adapter, describe_adapter, misfit
 from mllama.lora.loading import load_lora
 from mllama.lora.state import merge_and_unload
 from mllama.processing.folders import PROCESSOR_FILES
@@ -35,12 +35,11 @@ def merge(
         The merged model.
 
     Raises:
-        FileExistsError: target is not an empty folder, without `force`.
+        FileExistsError: target is not empty, without `force`.
         FileNotFoundError, ValueError: as loading the model and `mllama.load_lora`; the model's
-            weights are packed.
+            weights are packed; target is a file.
     """
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not force)):
-        raise FileExistsError(f"{target} exists and is not an empty folder")
+    check_free(target, force)
     source = find_model(model)
     with (opened := open_checkpoint(source)).source:
         if opened.packing is not None:
@@ -72,12 +71,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     target, is_folder = Path(arguments.target), arguments.to == "peft"
-    if target.exists() and target.is_dir() != is_folder:
-        raise ValueError(f"OUT must be a {'folder' if is_folder else 'file'}, and {target} is none")
-    if not is_folder and target.suffix != ".safetensors":
-        raise ValueError(f"OUT must be a file that ends in .safetensors, got {target}")
-    if not arguments.force and target.exists() and (not is_folder or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists; --force writes over it")
+    check_free(target, arguments.force, None if is_folder else ".safetensors")
     if is_folder and arguments.model is None:
         raise ValueError("--to peft needs --model: PEFT's format has transformers' names of layers")
     model = None if arguments.model is None else _laid_out(arguments.model)
@@ -94,12 +88,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     found = {"path": arguments.source} | describe_adapter(arguments.source)
     fits, problem = None, None
     if arguments.model is not None:
-        model = _laid_out(arguments.model)
-        try:
-            load_lora(model, arguments.source)
-            fits = True
-        except ValueError as error:
-            fits, problem = False, str(error)
+        problem = misfit(_laid_out(arguments.model), arguments.source)
+        fits = problem is None
     shown = found | {"model": arguments.model, "fits": fits, "problem": problem}
     _print(arguments, shown, _page(shown))
     return 1 if fits is False else 0

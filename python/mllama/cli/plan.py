@@ -6,8 +6,8 @@ import json
 
 from mllama.cli._training import given_settings
 from mllama.cli.inspect import bytes_text
-from mllama.train.machine import parse_bytes
-from mllama.train.plan import Plan, Switch, plan
+from mllama.plan.machine import parse_bytes
+from mllama.plan.run import Plan, Switch, plan
 from mllama.train.settings import load_settings
 
 

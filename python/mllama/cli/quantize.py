@@ -21,11 +21,13 @@ def run(arguments: argparse.Namespace) -> None:
         text=arguments.text,
         report=not arguments.no_report,
         force=arguments.force,
+        adapter=arguments.adapter,
     )
     if arguments.json:
         print(json.dumps(found))
         return
-    print(f"{arguments.target}: weights packed as {arguments.weights}")
+    merged = "" if arguments.adapter is None else f", with {arguments.adapter} merged"
+    print(f"{arguments.target}: weights packed as {arguments.weights}{merged}")
     if found:
         print("\n".join(_page(found)))
 

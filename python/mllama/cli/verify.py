@@ -2,7 +2,8 @@
 with plain ones.
 
 Transformers runs first and is freed before this package's model is loaded: only the outputs of its
-stages stay in memory. Tokens and pixels are random, from a seed.
+stages stay in memory. Tokens and pixels are random, from a seed. With an adapter, transformers'
+model has it by PEFT, this package's by its own layers.
 """
 
 import argparse
@@ -10,7 +11,10 @@ import functools
 import gc
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +28,9 @@ from mllama.hf import names
 from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
 from mllama.hf.siglip import SiglipModel
-from mllama.hf.stock import load_stock
+from mllama.hf.stock import adapt_stock, load_stock
+from mllama.lora.files import convert_adapter
+from mllama.lora.loading import load_lora
 from mllama.model.samples import Sample, make_samples
 
 _FLOAT32 = 1e-4  # largest relative error of a vector in float32
@@ -68,23 +74,24 @@ def run(arguments: argparse.Namespace) -> int:
     samples = make_samples(spec, spec.image_token_index, arguments.seed, device)
     measure = Measure.of(dtype)
     options = {"reference": "hf"} if "reference" in kind.load_options else {}
-    load = functools.partial(kind.from_pretrained, folder, device_map=device, **options)
-    try:
-        expected = _expect(
-            functools.partial(load_stock, folder), _stock_stages, dtype, samples, measure
-        )
-        against = f"stock transformers {names.__version__}"
-    except ValueError as error:
-        expected, against = {}, f"itself alone: {error}"
+    own_options = options | {"device_map": device}
+    load = functools.partial(_load, kind, folder, arguments.adapter, own_options)
+    with _as_peft(arguments.adapter, model, folder) as peft_folder:
+        try:
+            stock = functools.partial(_load_stock, folder, peft_folder)
+            expected = _expect(stock, _stock_stages, dtype, samples, measure)
+            against = f"stock transformers {names.__version__}{' and PEFT' * bool(peft_folder)}"
+        except ValueError as error:
+            if arguments.adapter is not None:
+                raise ValueError(f"--adapter has nothing to be compared with: {error}") from error
+            expected, against = {}, f"itself alone: {error}"
     if expected and spec.has_tiles:
         against += ', whose Llama-3.2-Vision is reference="hf"'
     allowed = _FLOAT32
     if dtype != torch.float32 and spec.text is not None:
-        bounds = expected or _expect(
-            lambda dtype: load(dtype=dtype), lambda model: (), dtype, samples, measure
-        )
+        bounds = expected or _expect(load, lambda model: (), dtype, samples, measure)
         allowed = bounds["logits"].allowed
-    model = load(dtype=dtype)
+    model = load(dtype)
     with torch.inference_mode():
         checks = _compare(model, samples, expected, measure) if expected else []
         if spec.text is not None:
@@ -99,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             json.dumps(
                 {
                     "folder": str(folder),
+                    "adapter": arguments.adapter,
                     "dtype": arguments.dtype,
                     "against": against,
                     "checks": rows,
@@ -107,7 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
         )
     else:
-        print(f"{folder}: {opened.family.name} in {arguments.dtype}, against {against}")
+        adapted = "" if arguments.adapter is None else f" with {arguments.adapter}"
+        print(f"{folder}: {opened.family.name} in {arguments.dtype}{adapted}, against {against}")
         print(f"{'stage':20}{'difference':>12}{'allowed':>10}")
         for check in checks:
             print(
@@ -115,6 +124,40 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{'ok' if check.ok else 'FAIL'}"
             )
     return 0 if passed else 1
+
+
+def _load(
+    kind: Any, folder: Path, adapter: str | None, options: dict[str, Any], dtype: torch.dtype
+) -> PreTrainedModel:
+    """This package's model, with the adapter."""
+    model = kind.from_pretrained(folder, dtype=dtype, **options)
+    if adapter is not None:
+        load_lora(model, adapter)
+    return model
+
+
+def _load_stock(folder: Path, peft_folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model, with the adapter by PEFT."""
+    model = load_stock(folder, dtype)
+    return model if peft_folder is None else adapt_stock(model, peft_folder)
+
+
+@contextmanager
+def _as_peft(adapter: str | None, model: PreTrainedModel, folder: Path) -> Iterator[Path | None]:
+    """A temporary folder with the adapter in PEFT's format; None without one. `model` is this
+    package's, on the meta device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `mllama.load_lora`.
+    """
+    if adapter is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        converted = Path(aside) / "adapter"
+        convert_adapter(adapter, converted, "peft", model, str(folder))
+        load_lora(model, adapter)  # raises if it does not fit
+        yield converted
 
 
 class Measure(NamedTuple):

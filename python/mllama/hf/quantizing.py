@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.files import write_folder, write_json
+from mllama.checkpoints.files import check_free, write_folder, write_json
 from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.opened import Opened
 from mllama.device import dtype_name
@@ -19,6 +19,8 @@ from mllama.hf.checkpoints import load_model, load_opened
 from mllama.hf.models import model_class, survey_opened
 from mllama.hf.processors.auto import load_processor
 from mllama.hf.weight_types import count_bytes
+from mllama.lora.loading import load_lora
+from mllama.lora.state import merge_and_unload
 from mllama.processing.folders import PROCESSOR_FILES
 from mllama.quant.packer import FILE, RECIPES, optimize
 from mllama.quant.report import compare, cross_entropy, perplexity
@@ -40,6 +42,7 @@ def quantize(
     report: bool = True,
     force: bool = False,
     max_shard_size: int | str = "5GB",
+    adapter: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Write a model with packed weights, and its processor, to a folder that `mllama.load` and
     `from_pretrained` open by mapping it into memory.
@@ -60,6 +63,9 @@ def quantize(
         report: False skips it.
         force: write into a folder that is not empty; files that are not part of a model stay.
         max_shard_size: maximum size of a weight file in bytes, or a text such as "5GB".
+        adapter: a LoRA adapter, as `mllama.load_lora` takes it, that is merged into the weights
+            before they are packed. The report compares with the merged model. The whole model is in
+            memory then.
 
     Returns:
         The report, which is also in the folder as quantization_report.json: "weights",
@@ -70,12 +76,15 @@ def quantize(
         FileNotFoundError: there is no such model or text.
         FileExistsError: target exists and is not empty.
         ValueError: weights or dtype is unknown; the source's weights are packed already; the text
-            is too short or has no use; or as `mllama.load`.
+            is too short or has no use; an adapter cannot be merged, or weights is "file" with one;
+            or as `mllama.load` and `mllama.load_lora`.
     """
     if weights not in (known := [*RECIPES, FILE]):
         raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
     if text is not None and not report:
         raise ValueError("text is for the report, and report is False")
+    if adapter is not None and weights == FILE:
+        raise ValueError("weights must be a format with adapter, which is merged: got 'file'")
     path, target = find_folder(source), Path(target)
     if path.resolve() == target.resolve():
         raise ValueError(f"OUT must be another folder than IN, got {target} for both")
@@ -85,12 +94,14 @@ def quantize(
         kind: Any = model_class(opened.spec)
         longest = opened.spec.text.max_position_embeddings if opened.spec.text else 0
         ids = _token_ids(processor, text, longest) if report else None
-        if calibration is None:
+        if calibration is None and adapter is None:
             model, _ = load_opened(kind, opened, dtype, weights=weights)
         else:
-            known_ids: Any = _token_ids(processor, calibration, longest)
-            model, _ = load_opened(kind, opened, dtype, mapped=True)
-            optimize(model, weights, known_ids[:CALIBRATED])
+            known_ids: Any = None
+            if calibration is not None:
+                known_ids = _token_ids(processor, calibration, longest)
+            model = _dense(opened, dtype, adapter)
+            optimize(model, weights, None if known_ids is None else known_ids[:CALIBRATED])
     packed: list[PreTrainedModel] = [model]
     del model
     found: dict[str, Any] = {}
@@ -101,24 +112,20 @@ def quantize(
             processor.save_pretrained(aside)
         if report:
             found.update({"weights": weights, "calibrated": calibration is not None})
-            found.update(_report(path, aside, ids))
+            found.update(_report(path, aside, ids, adapter))
             write_json(aside / REPORT, found)
 
     write_folder(target, write, (REPORT, *(() if processor is None else PROCESSOR_FILES)))
     return found
 
 
-def check_free(target: Path, force: bool) -> None:
-    """Check, before reading anything, that nothing is overwritten unless `force` says so.
-
-    Raises:
-        ValueError: target is a file.
-        FileExistsError: target is not empty.
-    """
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"OUT must be a folder, and {target} is none")
-    if not force and target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"{target} exists and is not empty; --force writes over it")
+def _dense(opened: Opened, dtype: Any, adapter: str | os.PathLike | None) -> Any:
+    """The model before packing: mapped, or in memory with the adapter merged."""
+    model, _ = load_opened(model_class(opened.spec), opened, dtype, mapped=adapter is None)
+    if adapter is None:
+        return model
+    load_lora(model, adapter)
+    return merge_and_unload(model)
 
 
 def _open(path: Path) -> Opened:
@@ -173,7 +180,9 @@ def _default_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))[:_DEFAULT_TEXT]
 
 
-def _report(path: Path, target: Path, ids: torch.Tensor | None) -> dict[str, Any]:
+def _report(
+    path: Path, target: Path, ids: torch.Tensor | None, adapter: str | os.PathLike | None
+) -> dict[str, Any]:
     with (opened := open_checkpoint(path)).source:
         sizes = {"before": count_bytes(opened, *survey_opened(opened))}
         with (written := open_checkpoint(target)).source:
@@ -181,9 +190,8 @@ def _report(path: Path, target: Path, ids: torch.Tensor | None) -> dict[str, Any
         found: dict[str, Any] = {"bytes": sizes}
         if ids is None:
             return found | {"skipped": "the model has no tokenizer"}
-        dtype = _comparable_dtype(opened)
-        kind = model_class(opened.spec)
-        packed = load_model(kind, target, dtype=dtype or "auto")
+        dtype = _comparable_dtype(opened, opened.source.mapped and adapter is None)
+        packed = load_model(model_class(opened.spec), target, dtype=dtype or "auto")
         found["tokens"] = ids.numel()
         if dtype is None:
             losses = cross_entropy(packed, ids)
@@ -191,13 +199,13 @@ def _report(path: Path, target: Path, ids: torch.Tensor | None) -> dict[str, Any
                 "perplexity": {"packed": perplexity(losses)},
                 "skipped": "the source does not fit into memory, so nothing is compared with it",
             }
-        dense, _ = load_opened(kind, opened, dtype, mapped=True)
+        dense = _dense(opened, dtype, adapter)
         return found | {"dtype": dtype_name(dtype)} | compare(dense, packed, ids)
 
 
-def _comparable_dtype(opened: Opened) -> torch.dtype | None:
+def _comparable_dtype(opened: Opened, mapped: bool) -> torch.dtype | None:
     """The dtype in which the source fits beside a packed model: float32 if there is room, else the
-    files' own; None if there is room for neither. Mapped files need none.
+    files' own; None if there is room for neither. Mapped ones need none.
     """
     headers = opened.source.headers().values()
     room = _available_bytes()
@@ -206,7 +214,7 @@ def _comparable_dtype(opened: Opened) -> torch.dtype | None:
         return torch.float32
     dtypes = [header.dtype for header in headers]
     own = max(set(dtypes), key=dtypes.count)
-    if opened.source.mapped or own.itemsize * elements < room:
+    if mapped or own.itemsize * elements < room:
         return own
     return None
 

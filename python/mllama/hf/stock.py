@@ -11,6 +11,23 @@ from mllama.config.packing import split_packing
 from mllama.families import MODEL_TYPES
 
 
+def adapt_stock(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """Put an adapter into a stock model, by PEFT.
+
+    Args:
+        model: the model; its layers are changed in place.
+        adapter: a folder in PEFT's format, with the stock class's names.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ImportError("--adapter needs PEFT to compare with: pip install peft") from None
+    return PeftModel.from_pretrained(model, adapter).get_base_model()
+
+
 def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     """Load a model with its stock class, in eval mode on the CPU.
 

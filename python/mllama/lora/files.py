@@ -12,6 +12,7 @@ from torch import nn
 from mllama.checkpoints.files import listing, save_tensors, write_file
 from mllama.lora import peft
 from mllama.lora.adapters import with_own_names
+from mllama.lora.loading import load_lora
 from mllama.lora.reading import read_adapters
 from mllama.nn.wrappers import unwrapped
 
@@ -48,6 +49,23 @@ def describe_adapter(path: str | os.PathLike) -> dict[str, Any]:
         "trained": trained,
         "trained_parameters": sum(found.trained[name].numel() for name in trained),
     }
+
+
+def misfit(model: nn.Module, path: str | os.PathLike) -> str | None:
+    """Why an adapter does not fit a model; None if it does, and then the model has it.
+
+    Args:
+        model: it may be on the meta device.
+        path: as `mllama.load_lora` takes it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        load_lora(model, path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def convert_adapter(

@@ -53,8 +53,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy values into a tensor; each process copies its part into a sharded one."""
-    if hasattr(tensor, "full_tensor"):
+    """Copy values into a tensor; each process copies its part into a sharded one. Values may be
+    sharded in the same way.
+    """
+    if hasattr(tensor, "full_tensor") and not hasattr(value, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor  # slow to import
 
         value = distribute_tensor(

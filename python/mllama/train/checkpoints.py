@@ -1,21 +1,29 @@
-"""Checkpoints of a run: safetensors and JSON, written aside, flushed and renamed."""
+"""Checkpoints of a run: safetensors and JSON, written aside, flushed and renamed.
+
+The first process writes whole tensors, or every process its own part (`checkpoint: sharded`); then
+there are folders in place of the files weights.safetensors and optimizer.safetensors.
+"""
 
 import json
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from mllama.checkpoints.files import read_json, save_tensors, write_folder
+from mllama.train.shards import read_shards, write_shards
 
+_SHARDED = ("weights", "optimizer")
 _NAME = re.compile(r"step-(\d{8})")
-_ASIDE = re.compile(r"\.(step-\d{8}|removed)-[0-9a-f]{32}")  # what a killed process leaves
+_ASIDE = re.compile(r"\.(step-\d{8}|removed|shards)-[0-9a-f]{32}")  # what a killed process leaves
 
 
 @dataclass
@@ -58,33 +66,69 @@ class CheckpointFolder:
         """Where the checkpoint of a step is."""
         return self.folder / f"step-{step:08}"
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def stage(
+        self, step: int, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+    ) -> Path:
+        """Write the parts of a checkpoint's tensors aside; every process calls this with its own.
+
+        Returns:
+            A folder that `save` makes part of the checkpoint.
+
+        Raises:
+            OSError: as `save`, in all processes.
+        """
+        names = [f".shards-{uuid.uuid4().hex}"]
+        distributed.broadcast_object_list(names)
+        staged = self.folder / names[0]
+        with self._told(step):
+            write_shards(staged / "weights", weights)
+            write_shards(staged / "optimizer", optimizer)
+        return staged
+
+    def save(self, checkpoint: Checkpoint, staged: Path | None = None) -> None:
         """Write a checkpoint, all of it or none.
+
+        Args:
+            checkpoint: what to write.
+            staged: of `stage`: replaces its weights and optimizer.
 
         Raises:
             OSError: it cannot be written; earlier ones are as they were.
         """
 
         def write(aside: Path) -> None:
-            for name in ("weights", "optimizer", "random"):
+            for name in _SHARDED if staged is not None else ():
+                (staged / name).rename(aside / name)
+            for name in ("random",) if staged is not None else (*_SHARDED, "random"):
                 save_tensors(aside / f"{name}.safetensors", _stored(getattr(checkpoint, name)))
             text = json.dumps({"step": checkpoint.step, **checkpoint.plain}, indent=1)
             (aside / "state.json").write_text(text + "\n")
 
         path = self.path(checkpoint.step)
-        if path.exists():  # resumed with nothing left to do
-            return
+        if not path.exists():  # else it was resumed with nothing left to do
+            with self._told(checkpoint.step):
+                write_folder(path, write)
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    @contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """Say in the error of a checkpoint that cannot be written which the last one is."""
         try:
-            write_folder(path, write)
+            yield
         except Exception as error:  # safetensors has an exception of its own for a full disk
             kept = self.steps()
             last = f"the last whole one is {self.path(kept[-1])}" if kept else "there is none yet"
             raise OSError(
-                f"the checkpoint of step {checkpoint.step} cannot be written: {error}; {last}"
+                f"the checkpoint of step {step} cannot be written: {error}; {last}"
             ) from error
 
-    def load(self, step: int) -> Checkpoint:
-        """Read a checkpoint, onto the CPU.
+    def load(self, step: int, like: Mapping[str, torch.Tensor]) -> Checkpoint:
+        """Read a checkpoint, onto the CPU; one of parts as `like`, and every process calls this.
+
+        Args:
+            step: its step.
+            like: the trained parameters by name, for the devices and shards of parts.
 
         Raises:
             ValueError: it is broken.
@@ -92,8 +136,10 @@ class CheckpointFolder:
         path = self.path(step)
         try:
             parts = {
-                name: load_file(path / f"{name}.safetensors")
-                for name in ("weights", "optimizer", "random")
+                name: read_shards(path / name, like)
+                if (path / name).is_dir()
+                else load_file(path / f"{name}.safetensors")
+                for name in (*_SHARDED, "random")
             }
             plain = read_json(path / "state.json")
             return Checkpoint(plain.pop("step"), **parts, plain=plain)

@@ -303,7 +303,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of where the run stands, and remove old ones. Every process calls
-        this; the first one writes.
+        this; the first one writes, or each its own part.
         """
         setup, started = self.setup, time.perf_counter()
         states = {
@@ -311,7 +311,12 @@ class Loop:
             for name, state in random_state.capture().items()
         }
         tensors, plain = optimizer_state(setup.optimizer, setup.parameters)
-        tensors, weights = self._gathered(tensors), self._gathered(setup.parameters)
+        weights: Mapping[str, torch.Tensor] = setup.parameters
+        staged = None
+        if setup.settings.checkpoint == "sharded":
+            staged = self.checkpoints.stage(self.state.step, weights, tensors)
+        else:
+            tensors, weights = self._gathered(tensors), self._gathered(weights)
         if setup.accelerator.is_main_process:
             rest = {
                 "state": asdict(self.state),
@@ -322,7 +327,8 @@ class Loop:
             }
             if self.log is not None:
                 self.log.sync()
-            self.checkpoints.save(Checkpoint(self.state.step, weights, tensors, states, rest))
+            found = Checkpoint(self.state.step, weights, tensors, states, rest)
+            self.checkpoints.save(found, staged)
             self.checkpoints.prune(setup.settings.keep, self.state.best_step)
         setup.accelerator.wait_for_everyone()
         self._window_start += time.perf_counter() - started
@@ -339,7 +345,7 @@ class Loop:
         Raises:
             ValueError: it is broken, or of a run with other data or processes.
         """
-        setup, found = self.setup, self.checkpoints.load(step)
+        setup, found = self.setup, self.checkpoints.load(step, self.setup.parameters)
         for name, value in (
             ("rows", setup.course.rows),
             ("processes", setup.accelerator.num_processes),
@@ -359,12 +365,13 @@ class Loop:
     @torch.no_grad()
     def load_weights(self, step: int, found: Checkpoint | None = None) -> None:
         """Put the trained parameters of a checkpoint into the model."""
-        weights = (found or self.checkpoints.load(step)).weights
-        if weights.keys() != self.setup.parameters.keys():
+        parameters = self.setup.parameters
+        weights = (found or self.checkpoints.load(step, parameters)).weights
+        if weights.keys() != parameters.keys():
             raise ValueError(
                 f"the checkpoint {self.checkpoints.path(step)} has other trained parameters"
             )
-        for name, parameter in self.setup.parameters.items():
+        for name, parameter in parameters.items():
             put(parameter, weights[name])
 
 

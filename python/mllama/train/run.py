@@ -26,6 +26,7 @@ SETTINGS = "settings.yaml"
 # Keys that may change when a run is resumed: what is trained stays the same.
 FREE = (
     "cache_features",
+    "checkpoint",
     "device",
     "eval_every",
     "gradient_checkpointing",

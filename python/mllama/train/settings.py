@@ -24,6 +24,7 @@ from mllama.train.keys import (
 
 METHODS = ("lora", "full")
 SCHEDULES = ("cosine", "linear", "constant")
+CHECKPOINTS = ("gathered", "sharded")
 OPTIMIZERS = ("adamw", "adamw8bit")
 # The first key of each group of the help.
 GROUPS = {
@@ -155,6 +156,11 @@ class TrainSettings:
         None, _POSITIVE, "steps between evaluations; none: ten in the run, if there is eval data"
     )
     save_every: int | None = key(None, _POSITIVE, "steps between checkpoints; none: ten in the run")
+    checkpoint: str = key(
+        "gathered",
+        one_of(*CHECKPOINTS),
+        "with shard; gathered: the first process writes whole tensors; sharded: each its own part",
+    )
     keep: int = key(2, _POSITIVE, "checkpoints kept, beside the best one")
     samples: int = key(4, _COUNT, "answers shown at each evaluation, with their images")
     trackers: tuple[str, ...] = key(
@@ -256,6 +262,10 @@ def _check_together(settings: TrainSettings) -> None:
     _refuse(settings.shard and settings.dtype in ("auto", "float16"), _SHARD_DTYPES)
     _refuse(settings.shard and "weights" in given, "weights cannot be packed with shard")
     _refuse(settings.shard and "cache_features" in given, "cache_features cannot be with shard")
+    # its kernels get the shards as if they were whole: bitsandbytes' issue 1633
+    eight = settings.optimizer == "adamw8bit"
+    _refuse(settings.shard and eight, "optimizer adamw8bit cannot be with shard: use adamw")
+    _refuse("checkpoint" in given and not settings.shard, "checkpoint: sharded needs shard")
     _refuse(settings.pack and settings.max_length is None, "pack needs max_length")
     _refuse("epochs" in given and "max_steps" in given, "epochs has no effect beside max_steps")
     if settings.schedule == "constant":

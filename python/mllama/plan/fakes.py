@@ -9,8 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mllama.plan.allocations import AllocationTracker
 from mllama.runtime.images import IMAGE_INPUTS
-from mllama.train.allocations import AllocationTracker
 from mllama.train.batches import Batch, count_trained
 from mllama.train.prepare import autocast
 

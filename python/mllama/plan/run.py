@@ -14,10 +14,10 @@ from mllama.data.rows import Example
 from mllama.data.sources import open_examples
 from mllama.device import choose_device, dtype_name
 from mllama.model.memory import Work, memory_needed
+from mllama.plan.blueprint import lay_out_model
+from mllama.plan.fakes import OPTIMIZER, FakeSteps
+from mllama.plan.machine import available_memory, resident_memory
 from mllama.train.batches import Batch, count_trained
-from mllama.train.blueprint import lay_out_model
-from mllama.train.fakes import OPTIMIZER, FakeSteps
-from mllama.train.machine import available_memory, resident_memory
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype
 from mllama.train.settings import TrainSettings

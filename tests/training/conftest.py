@@ -1,0 +1,21 @@
+"""What tests of several processes share."""
+
+import gc
+import importlib
+
+import pytest
+from torch import distributed
+
+
+@pytest.fixture(scope="module")
+def forking():
+    """For `training.runs.start_two`: forked processes inherit what is slow to import, and need not
+    look at the objects of this one.
+    """
+    if not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    for slow in ("torch.distributed.checkpoint", "torch.distributed.fsdp", "matplotlib.pyplot"):
+        importlib.import_module(slow)
+    gc.freeze()
+    yield
+    gc.unfreeze()
