@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,10 @@ from mllama.checkpoints.files import read_json, save_tensors, write_folder
 
 _NAME = re.compile(r"step-(\d{8})")
 _ASIDE = re.compile(r"\.(step-\d{8}|removed)-[0-9a-f]{32}")  # what a killed process leaves
+_TENSORS = ("weights", "optimizer", "random")
+_FILES = (*(f"{name}.safetensors" for name in _TENSORS), "state.json")
+_SUMS = "checksums.json"
+_BLOCK = 2**24  # bytes
 
 
 @dataclass
@@ -66,10 +71,10 @@ class CheckpointFolder:
         """
 
         def write(aside: Path) -> None:
-            for name in ("weights", "optimizer", "random"):
+            for name in _TENSORS:
                 save_tensors(aside / f"{name}.safetensors", _stored(getattr(checkpoint, name)))
-            text = json.dumps({"step": checkpoint.step, **checkpoint.plain}, indent=1)
-            (aside / "state.json").write_text(text + "\n")
+            _write_json(aside / "state.json", {"step": checkpoint.step, **checkpoint.plain})
+            _write_json(aside / _SUMS, {name: _checksum(aside / name) for name in _FILES})
 
         path = self.path(checkpoint.step)
         if path.exists():  # resumed with nothing left to do
@@ -87,15 +92,18 @@ class CheckpointFolder:
         """Read a checkpoint, onto the CPU.
 
         Raises:
-            ValueError: it is broken.
+            ValueError: it is broken: a file is missing, or not as it was written.
         """
         path = self.path(step)
         try:
-            parts = {
-                name: load_file(path / f"{name}.safetensors")
-                for name in ("weights", "optimizer", "random")
-            }
+            checksums = read_json(path / _SUMS)
+            for name in _FILES:
+                if _checksum(path / name) != checksums.get(name):
+                    raise ValueError(f"{name} was changed")
+            parts = {name: load_file(path / f"{name}.safetensors") for name in _TENSORS}
             plain = read_json(path / "state.json")
+            if plain["step"] != step:
+                raise ValueError(f"it is of step {plain['step']}")
             return Checkpoint(plain.pop("step"), **parts, plain=plain)
         except Exception as error:  # safetensors has an exception of its own
             raise ValueError(
@@ -119,6 +127,19 @@ class CheckpointFolder:
             for path in self.folder.iterdir():
                 if _ASIDE.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32: against accidents, not against forgers."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

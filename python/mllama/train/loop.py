@@ -317,6 +317,7 @@ class Loop:
                 "state": asdict(self.state),
                 "optimizer": plain,
                 "scaler": setup.scaler.state_dict(),
+                "without_gradient": sorted(self._without_gradient),
                 "rows": setup.course.rows,
                 "processes": setup.accelerator.num_processes,
             }
@@ -353,6 +354,7 @@ class Loop:
         load_optimizer_state(setup.optimizer, setup.parameters, found.optimizer, plain["optimizer"])
         setup.scaler.load_state_dict(plain["scaler"])
         self.state = State(**plain["state"])
+        self._without_gradient = set(plain["without_gradient"])
         own = setup.accelerator.process_index
         random_state.restore({name: states[own] for name, states in found.random.items()})
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from mllama.data.collate import Collator
 from mllama.data.rows import Example
-from mllama.data.sources import open_examples
 from mllama.device import choose_device, dtype_name
 from mllama.model.memory import Work, memory_needed
 from mllama.train.batches import Batch, count_trained
@@ -20,6 +19,7 @@ from mllama.train.fakes import OPTIMIZER, FakeSteps
 from mllama.train.machine import available_memory, resident_memory
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype
+from mllama.train.rows import open_rows
 from mllama.train.settings import TrainSettings
 
 LIBRARIES = "Python and libraries"
@@ -136,10 +136,7 @@ class _Rows:
         self._length = length
         model, processor = lay_out_model(settings)
         collator = Collator(model, processor, settings.max_length)
-        examples = open_examples(
-            settings.data, settings.image_folder, settings.question, settings.split
-        )
-        first = examples[:ROWS]
+        first = open_rows(settings, collator, most=ROWS)[:ROWS]
         self.looked_at = len(first)
         self._examples: list[Example] = sorted(
             first, key=lambda example: len(collator.encode(example)), reverse=True
