@@ -237,6 +237,17 @@ def test_a_broken_checkpoint_is_named(settings, tmp_path, whole, harm):
         train(settings, resume=True)
 
 
+def test_a_best_checkpoint_that_is_gone(settings, tmp_path, monkeypatch, capsys):
+    """The run ends with what there is, and not with an error after all of its steps."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, signal.SIGTERM, 5)
+        assert train(settings).best_step == 3
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000003")
+    monkeypatch.setattr(loop.Loop, "_evaluate", lambda self, step: False)
+    assert trained(settings, resume=True).best_step is None
+    assert "step 3, is gone" in capsys.readouterr().err
+
+
 def test_gradients_before_the_stop_count(settings, monkeypatch, tmp_path, data):
     lines = data.read_text().splitlines(keepends=True)
     rows = tmp_path / "rows.jsonl"

@@ -355,6 +355,12 @@ class Loop:
         setup.scaler.load_state_dict(plain["scaler"])
         self.state = State(**plain["state"])
         self._without_gradient = set(plain["without_gradient"])
+        best = self.state.best_step
+        if best is not None and best not in self.checkpoints.steps():
+            self.state.best_loss = self.state.best_step = None
+            self.progress.say(
+                f"the best checkpoint, of step {best}, is gone: a later one may be best"
+            )
         own = setup.accelerator.process_index
         random_state.restore({name: states[own] for name, states in found.random.items()})
 
