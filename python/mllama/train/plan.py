@@ -94,7 +94,8 @@ def plan(
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `mllama.train.run.train` for the same settings;
-            length is shorter than the rows; weights is "file"; shard is set.
+            length is shorter than the rows, or longer than rows can be; weights is "file"; shard is
+            set.
     """
     if settings.shard:
         raise ValueError("a plan is of a process with all weights: shard must be false")
@@ -151,14 +152,19 @@ class _Rows:
         chosen = (rows * math.ceil(size / len(rows)))[:size]
         collator = Collator(model, processor, settings.max_length, settings.pack)
         batch = collator(chosen)
-        return batch if self._length is None else _lengthened(batch, self._length)
+        if self._length is None:
+            return batch
+        most = settings.max_length or model.spec.text.max_position_embeddings
+        return _lengthened(batch, self._length, most)
 
 
-def _lengthened(batch: Batch, length: int) -> Batch:
+def _lengthened(batch: Batch, length: int, most: int) -> Batch:
     """The last column of tensors of tokens again and again, as trained tokens."""
     now = batch["input_ids"].shape[1]
     if length < now:
         raise ValueError(f"length must be at least {now}, the tokens of the longest row: {length}")
+    if length > most:
+        raise ValueError(f"length must be at most {most}, as a run's rows are: {length}")
     longer = {}
     for name, value in batch.items():
         if value.shape[:2] == batch["input_ids"].shape and name != "pixel_values":
