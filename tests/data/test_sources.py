@@ -92,6 +92,22 @@ def test_csv(tmp_path):
         open_examples(path)[0]
 
 
+def test_columns_that_are_not_dropped(tmp_path):
+    """What changes a row's meaning is honored or rejected in tables as in JSON."""
+    data.write_images(tmp_path)
+    path = tmp_path / "x.csv"
+    path.write_text("images,question,answer,system\n0.png,Which?,a,\n,Which?,a,Be short.\n")
+    examples = open_examples(path)
+    assert len(examples[0].images) == 1 and examples.unread == []
+    with pytest.raises(ValueError, match="x.csv, row 2: system"):
+        examples[1]
+    datasets = pytest.importorskip("datasets")
+    row = {"question": "Which?", "answer": "a", "system": "Be short."}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="saved, row 1: system"):
+        open_examples(tmp_path / "saved")[0]
+
+
 def test_a_folder_of_class_folders(tmp_path):
     for name in ("red cat", "dog"):
         (tmp_path / "d" / name).mkdir(parents=True)
@@ -271,6 +287,8 @@ USER, ASSISTANT = ({"role": role, "content": "x"} for role in ("user", "assistan
         ({"messages": [1]}, "message 1"),
         ({"conversations": [{"from": "human", "value": "<image>"}]}, "no image"),
         ({"conversations": [USER, ASSISTANT]}, "message 1 has role"),
+        ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "message 2 has weight"),
+        ({"messages": [USER, ASSISTANT | {"train": False}]}, "message 2 has train"),
         ({"question": "a"}, "answer missing"),
         ({"question": "a", "answer": 3}, "answer must be a text"),
         ({"question": "a", "answer": "b\ud800"}, "UTF-8"),

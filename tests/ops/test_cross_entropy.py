@@ -288,9 +288,11 @@ def test_autocast():
 
 
 @needs_kernels
-def test_memory():
-    """Neither logits [T, vocabulary] nor a copy of weight are made."""
-    hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(40_000, 8)
+@pytest.mark.parametrize(("dtype", "trained"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_memory(dtype, trained):
+    """No logits [T, vocabulary] are made, nor copies of those of a chunk."""
+    hidden = torch.randn(1024, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(40_000, 8, dtype=dtype, requires_grad=trained)
     labels = torch.randint(0, 40_000, (1024,))
     with torch.profiler.profile(profile_memory=True) as profile:
         linear_cross_entropy(hidden, weight, labels).backward()

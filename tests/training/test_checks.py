@@ -10,8 +10,9 @@ from mllama.cli import main
 from mllama.data.collate import Collator
 from mllama.data.sources import open_examples
 from mllama.train.checks import run_checks
+from mllama.train.plan import plan
 from tiny import folders
-from training.runs import settings_of, write_rows
+from training.runs import replaced, settings_of, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,20 @@ def test_all_checks_of_a_run(family, tmp_path):
     named = {check.name: check for check in found}
     assert [check.passed for check in found[:3]] == [True] * 3, found
     assert set(named) == {"check_labels", "check_gradients", "check_frozen", "check_overfit"}
+
+
+def test_bad_rows_are_skipped_by_checks_and_plans_too(tmp_path):
+    model = folders.write("llama", tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    bad, good = {"question": "What?", "answer": ""}, {"question": "What?", "answer": "this"}
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (bad, good, bad, good)))
+    settings = settings_of(model, rows, tmp_path / "run", eval_fraction=0.0, eval_every=None)
+    for check in (run_checks, plan):
+        with pytest.raises(ValueError, match="row 1"):
+            check(settings)
+    settings = replaced(settings, skip_bad_rows=True)
+    assert run_checks(settings)[0].passed
+    assert plan(settings).work["looked at"] == 2
 
 
 def test_the_command(tmp_path, capsys):

@@ -181,8 +181,9 @@ def test_the_command(place, capsys):
     assert found["fits"] is False and found["memory"] == 10**7 and found["switches"]
     assert main([*words, "--memory", "much"]) == 2
     assert "much" in capsys.readouterr().err
-    assert main([*words, "--memory", "64GB", "--length", "3"]) == 2
-    assert "length" in capsys.readouterr().err
+    for length in ("3", "1025"):  # below the longest row's, and beyond the model's positions
+        assert main([*words, "--memory", "64GB", "--length", length]) == 2
+        assert "length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,17 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mllama.train import loop, random_state
+from mllama.train.course import Course
 from mllama.train.run import train
 from mllama.train.settings import load_settings
 from training.runs import (
@@ -202,11 +204,74 @@ def test_an_adapter_that_gets_no_gradient(settings, tmp_path, data):
         train(replaced(settings, data=str(text), targets=("vision",)))
 
 
-def test_a_broken_checkpoint_is_named(settings, tmp_path, whole):
-    trained(settings)
-    (tmp_path / "run/checkpoints/step-00000006/weights.safetensors").write_bytes(b"{}")
+def _flip_a_bit(checkpoint: Path) -> None:
+    path = checkpoint / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _drop_the_optimizer(checkpoint: Path) -> None:
+    save_file({}, checkpoint / "optimizer.safetensors")
+
+
+def _edit_the_state(checkpoint: Path) -> None:
+    path = checkpoint / "state.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+
+
+def _take_another(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("step-00000004"), checkpoint)
+
+
+@pytest.mark.parametrize(
+    "harm", [_flip_a_bit, _drop_the_optimizer, _edit_the_state, _take_another, shutil.rmtree]
+)
+def test_a_broken_checkpoint_is_named(settings, tmp_path, whole, harm):
+    output = shutil.copytree(whole, tmp_path / "run")
+    checkpoint = output / "checkpoints/step-00000006"
+    harm(checkpoint)
+    checkpoint.mkdir(exist_ok=True)
     with pytest.raises(ValueError, match="step-00000006 is broken"):
         train(settings, resume=True)
+
+
+def test_a_best_checkpoint_that_is_gone(settings, tmp_path, monkeypatch, capsys):
+    """The run ends with what there is, and not with an error after all of its steps."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, signal.SIGTERM, 5)
+        assert train(settings).best_step == 3
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000003")
+    monkeypatch.setattr(loop.Loop, "_evaluate", lambda self, step: False)
+    assert trained(settings, resume=True).best_step is None
+    assert "step 3, is gone" in capsys.readouterr().err
+
+
+def test_gradients_before_the_stop_count(settings, monkeypatch, tmp_path, data):
+    lines = data.read_text().splitlines(keepends=True)
+    rows = tmp_path / "rows.jsonl"
+    settings = replaced(settings, data=str(rows), eval_fraction=0.0, eval_every=None)
+    settings = replaced(settings, image_folder=str(data.parent), targets=("vision", "attn"))
+    settings = replaced(settings, batch_size=1, max_steps=2)
+    order = [row for step in (1, 2) for part in Course(settings, 4).batches(step) for row in part]
+    kinds = dict(zip(order, (lines[0], lines[2], lines[1], lines[3]), strict=True))
+    rows.write_text("".join(kinds[row] for row in range(4)))  # images in the first step alone
+    with monkeypatch.context() as patch:
+        interrupt(patch, signal.SIGTERM, 1)
+        train(settings)
+    assert trained(settings, resume=True).step == 2
+
+
+def test_a_run_without_a_checkpoint_begins_again(settings, tmp_path, data):
+    """As the error says: with skip_bad_rows."""
+    rows = data.with_name("one_bad.jsonl")
+    rows.write_text(data.read_text() + '{"question": "What?", "answer": ""}\n')
+    settings = replaced(settings, data=str(rows), batch_size=6, eval_fraction=0.0, eval_every=None)
+    with pytest.raises(ValueError, match="row 11"):
+        train(settings)
+    result = trained(replaced(settings, skip_bad_rows=True, max_steps=1), resume=True)
+    assert result.step == 1 and len(result.bad_rows) == 1
 
 
 def test_random_numbers_go_on():

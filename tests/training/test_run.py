@@ -235,6 +235,12 @@ def test_every_row_is_trained_once_in_an_epoch():
     assert other.batches(1) != course.batches(1)
 
 
+def test_rounding_adds_no_step():
+    assert 0.07 * 100 > 7
+    assert Course(TrainSettings(data="x/y", epochs=0.07), rows=100).steps == 7
+    assert Course(TrainSettings(data="x/y", warmup=0.07), rows=100).warmup_steps == 7
+
+
 def test_rows_apart():
     kept, apart = held_out(10, 0.2, seed=0)
     assert sorted(kept + apart) == list(range(10)) and len(apart) == 2

@@ -51,6 +51,12 @@ def test_yaml_flags_and_python_give_the_same(config):
     assert load_settings(path, {"pack": False, "seed": 3}).pack is False
 
 
+def test_none_stands_for_an_empty_list(config):
+    path = config("data: some/set\nranks: null\ntrained_modules: null\ntrackers: null\n")
+    flags = {name: of_flag(keys()[name], ["none"]) for name in ("ranks", "trackers")}
+    assert load_settings(path) == load_settings(path, flags) == TrainSettings(data="some/set")
+
+
 def test_every_default_is_of_its_key():
     settings = TrainSettings(data="some/set")
     assert TrainSettings(**dataclasses.asdict(settings)) == settings

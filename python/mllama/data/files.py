@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from mllama.data.rows import READ
+from mllama.data.rows import COLUMNS, READ
 from mllama.processing.image import FORMATS
 from mllama.processing.image_source import shorten
 
@@ -249,7 +249,7 @@ def _unread(rows: Rows) -> list[str]:
 
 def _check_header(path: Path, header: list[str]) -> list[str]:
     """The columns that are read."""
-    names: list[str] = [name for name in ("image", "question", "answer") if name in header]
+    names: list[str] = [name for name in COLUMNS if name in header]
     shown = ", ".join(shorten(name, 20) for name in header[:10]) or "nothing"
     if "answer" not in names:
         raise ValueError(

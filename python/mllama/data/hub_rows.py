@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mllama.data.rows import READ
+from mllama.data.rows import COLUMNS, READ
 
 _SAVED = ("dataset_dict.json", "state.json")
 
@@ -29,12 +29,11 @@ class HubRows:
     def __init__(self, source: str | Path, split: str | None):
         self._name = source.name if isinstance(source, Path) else source
         data = _one_split(_open(source, split), split, self._name)
-        columns = [name for name in data.column_names if name in READ]
-        self.unread = [name for name in data.column_names if name not in READ]
-        if not columns:
-            raise ValueError(
-                f"{self._name} needs columns of {', '.join(READ)}, got {', '.join(self.unread)}"
-            )
+        columns = [name for name in data.column_names if name in COLUMNS]
+        self.unread = [name for name in data.column_names if name not in COLUMNS]
+        if not set(columns) & set(READ):
+            found = ", ".join(data.column_names)
+            raise ValueError(f"{self._name} needs columns of {', '.join(READ)}, got {found}")
         # Arrow's own values: the library would decode images by its own rules.
         self._data = data.select_columns(columns).with_format("arrow")
         if not len(self._data):

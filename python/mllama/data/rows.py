@@ -20,8 +20,10 @@ _ROLES = {
     "messages": {role: role for role in ("system", "user", ASSISTANT)} | {"developer": "system"},
 }
 _NAMES = {"conversations": ("from", "value"), "messages": ("role", "content")}
+_EMPTY = ("", [], {})  # nothing to honor; a `weight` of 0 is something
 # Fields that would change what is trained.
 _UNSUPPORTED = ("tools", "functions", "system", "video", "videos", "audio", "audios", "rejected")
+COLUMNS = READ + _UNSUPPORTED  # that a table's rows are made of
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _from_turn(
 ) -> dict:
     role_name, content_name = _NAMES[form]
     role, content = turn.get(role_name), turn.get(content_name)
-    if unknown := [name for name in turn if name not in _NAMES[form] and turn[name]]:
+    if unknown := [name for name in turn if name not in _NAMES[form] and turn[name] not in _EMPTY]:
         raise ValueError(
             f"message {number} has {shorten(str(unknown[0]), 40)}, which is not supported"
         )

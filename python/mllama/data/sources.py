@@ -51,18 +51,21 @@ class Examples(Sequence[Example]):
             raise ValueError(f"{where}: {error}") from error
         return read_row(fields, where, self._images, self._question)
 
-    def leave_out_bad(self, check: Callable[[Example], Any]) -> "Examples":
+    def leave_out_bad(self, check: Callable[[Example], Any], most: int | None = None) -> "Examples":
         """Leave out the rows that are invalid or that `check` raises ValueError for, and note them
         in `bad_rows`. Reads every row. Returns self.
 
         Args:
             check: for training `Collator.encode`, so that no row fails later.
+            most: keep the first valid rows alone, at most so many, and read no row after them.
 
         Raises:
             ValueError: no row is left.
         """
         good = []
         for place, index in enumerate(self._indices):
+            if len(good) == most:
+                break
             try:
                 check(self[place])
                 good.append(index)

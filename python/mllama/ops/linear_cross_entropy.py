@@ -300,8 +300,8 @@ def _gradients(
         cross_entropy_(scores, target, softcap, factor)
         if wants_hidden:
             by_hidden[rows] = _times(head.gradient(scores, hidden.shape[-1]), grad[rows])
-        scores *= (grad[rows] / factor)[:, None]
-        by_weight += scores.T @ hidden[rows]
+        # Rows of hidden are scaled, not scores: a product of two dtypes makes float32 copies.
+        by_weight += scores.T @ _times(hidden[rows], grad[rows])
         del scores
     return by_hidden, by_weight.to(weight.dtype)
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from mllama.data.collate import Collator
 from mllama.data.rows import Example
-from mllama.data.sources import open_examples
 from mllama.device import choose_device, dtype_name
 from mllama.model.memory import Work, memory_needed
 from mllama.plan.blueprint import lay_out_model
@@ -20,6 +19,7 @@ from mllama.plan.machine import available_memory, resident_memory
 from mllama.train.batches import Batch, count_trained
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype
+from mllama.train.rows import open_rows
 from mllama.train.settings import TrainSettings
 
 LIBRARIES = "Python and libraries"
@@ -94,7 +94,8 @@ def plan(
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `mllama.train.run.train` for the same settings;
-            length is shorter than the rows; weights is "file"; shard is set.
+            length is shorter than the rows, or longer than rows can be; weights is "file"; shard is
+            set.
     """
     if settings.shard:
         raise ValueError("a plan is of a process with all weights: shard must be false")
@@ -136,10 +137,7 @@ class _Rows:
         self._length = length
         model, processor = lay_out_model(settings)
         collator = Collator(model, processor, settings.max_length)
-        examples = open_examples(
-            settings.data, settings.image_folder, settings.question, settings.split
-        )
-        first = examples[:ROWS]
+        first = open_rows(settings, collator, most=ROWS)[:ROWS]
         self.looked_at = len(first)
         self._examples: list[Example] = sorted(
             first, key=lambda example: len(collator.encode(example)), reverse=True
@@ -154,14 +152,19 @@ class _Rows:
         chosen = (rows * math.ceil(size / len(rows)))[:size]
         collator = Collator(model, processor, settings.max_length, settings.pack)
         batch = collator(chosen)
-        return batch if self._length is None else _lengthened(batch, self._length)
+        if self._length is None:
+            return batch
+        most = settings.max_length or model.spec.text.max_position_embeddings
+        return _lengthened(batch, self._length, most)
 
 
-def _lengthened(batch: Batch, length: int) -> Batch:
+def _lengthened(batch: Batch, length: int, most: int) -> Batch:
     """The last column of tensors of tokens again and again, as trained tokens."""
     now = batch["input_ids"].shape[1]
     if length < now:
         raise ValueError(f"length must be at least {now}, the tokens of the longest row: {length}")
+    if length > most:
+        raise ValueError(f"length must be at most {most}, as a run's rows are: {length}")
     longer = {}
     for name, value in batch.items():
         if value.shape[:2] == batch["input_ids"].shape and name != "pixel_values":

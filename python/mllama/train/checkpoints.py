@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
-from mllama.checkpoints.files import read_json, save_tensors, write_folder
+from mllama.checkpoints.files import listing, read_json, save_tensors, write_folder
 from mllama.train.shards import read_shards, write_shards
 
 _SHARDED = ("weights", "optimizer")
 _NAME = re.compile(r"step-(\d{8})")
 _ASIDE = re.compile(r"\.(step-\d{8}|removed|shards)-[0-9a-f]{32}")  # what a killed process leaves
+_SUMS = "checksums.json"
+_BLOCK = 2**24  # bytes
+>>>>>>> break1
 
 
 @dataclass
@@ -101,8 +105,9 @@ class CheckpointFolder:
                 (staged / name).rename(aside / name)
             for name in ("random",) if staged is not None else (*_SHARDED, "random"):
                 save_tensors(aside / f"{name}.safetensors", _stored(getattr(checkpoint, name)))
-            text = json.dumps({"step": checkpoint.step, **checkpoint.plain}, indent=1)
-            (aside / "state.json").write_text(text + "\n")
+            _write_json(aside / "state.json", {"step": checkpoint.step, **checkpoint.plain})
+            sums = {str(file.relative_to(aside)): _checksum(file) for file in _summed(aside)}
+            _write_json(aside / _SUMS, sums)
 
         path = self.path(checkpoint.step)
         if not path.exists():  # else it was resumed with nothing left to do
@@ -131,10 +136,17 @@ class CheckpointFolder:
             like: the trained parameters by name, for the devices and shards of parts.
 
         Raises:
-            ValueError: it is broken.
+            ValueError: it is broken: a file is missing, or not as it was written.
         """
         path = self.path(step)
         try:
+            checksums = read_json(path / _SUMS)
+            for file in _summed(path):
+                name = str(file.relative_to(path))
+                if checksums.pop(name, None) != _checksum(file):
+                    raise ValueError(f"{name} was changed")
+            if checksums:
+                raise ValueError(f"{listing(list(checksums))} is missing")
             parts = {
                 name: read_shards(path / name, like)
                 if (path / name).is_dir()
@@ -142,6 +154,8 @@ class CheckpointFolder:
                 for name in (*_SHARDED, "random")
             }
             plain = read_json(path / "state.json")
+            if plain["step"] != step:
+                raise ValueError(f"it is of step {plain['step']}")
             return Checkpoint(plain.pop("step"), **parts, plain=plain)
         except Exception as error:  # safetensors has an exception of its own
             raise ValueError(
@@ -165,6 +179,27 @@ class CheckpointFolder:
             for path in self.folder.iterdir():
                 if _ASIDE.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _summed(folder: Path) -> list[Path]:
+    """The files of a checkpoint that have checksums. Parts are too many bytes for every process to
+    read: what has a checksum is the index with their sizes.
+    """
+    own = [path for path in folder.iterdir() if path.is_file() and path.name != _SUMS]
+    return sorted([*own, *folder.glob("*/*.json")])
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32: against accidents, not against forgers."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

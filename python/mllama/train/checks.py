@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from mllama.data.collate import Collator
-from mllama.data.sources import open_examples
 from mllama.hf.processors.chat import IGNORED
 from mllama.nn.wrappers import unwrapped
 from mllama.train.batches import Batch
 from mllama.train.prepare import autocast, compute_dtype, prepare_model
+from mllama.train.rows import open_rows
 from mllama.train.settings import TrainSettings
 
 _SHOWN = 5  # names in a message
@@ -153,11 +153,9 @@ def run_checks(settings: TrainSettings, rows: int | None = None) -> list[Check]:
         TypeError, ValueError, FileNotFoundError: model, data or settings do not fit each other.
     """
     model, processor, _ = prepare_model(settings, quiet=True)
-    examples = open_examples(
-        settings.data, settings.image_folder, settings.question, settings.split
-    )
     collator = Collator(model, processor, settings.max_length, settings.pack)
-    batch = collator(examples[: rows or settings.batch_size])
+    count = rows or settings.batch_size
+    batch = collator(open_rows(settings, collator, most=count)[:count])
     device, dtype = next(model.parameters()).device, compute_dtype(settings, model)
     batch = {name: value.to(device) for name, value in batch.items()}
     with autocast(device.type, dtype):

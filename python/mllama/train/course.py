@@ -40,7 +40,7 @@ class Course:
         """Number of optimizer steps. The last one is filled up with rows of the next epoch."""
         if self.settings.max_steps is not None:
             return self.settings.max_steps
-        return math.ceil(self.settings.epochs * self.rows / self.per_step)
+        return _whole(self.settings.epochs * self.rows / self.per_step)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,7 +55,7 @@ class Course:
     def warmup_steps(self) -> int:
         """Steps of rising learning rate."""
         warmup = self.settings.warmup
-        return math.ceil(warmup * self.steps) if warmup < 1 else int(warmup)
+        return _whole(warmup * self.steps) if warmup < 1 else int(warmup)
 
     def learning_rate(self, step: int) -> float:
         """It rises linearly to its maximum, then falls to its minimum, which it would have one step
@@ -95,6 +95,11 @@ class Course:
         size = self.settings.batch_size
         passes = [rows[start : start + size] for start in range(0, len(rows), size)]
         return passes[process :: self.processes]
+
+
+def _whole(steps: float) -> int:
+    """Rounded up, but for the error of products: 1.1 * 10 is a little more than 11."""
+    return math.ceil(round(steps, 6))
 
 
 @lru_cache(maxsize=4)

@@ -116,10 +116,11 @@ def mapping(item: Kind, metavar: str) -> Kind:
 
 
 def key(default: Any, kind: Kind, what: str, or_none: bool = False) -> Any:
-    """A field of the settings. If its default is None, or with `or_none`, it also takes null, as a
-    flag `none`.
+    """A field of the settings. If its default is None or empty, or with `or_none`, it also takes
+    null, as a flag `none`, which stands for an empty list where it takes lists.
     """
-    metadata = {"kind": kind, "what": what, "or_none": or_none or default is None}
+    or_none = or_none or default is None or default in ((), {})
+    metadata = {"kind": kind, "what": what, "or_none": or_none}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -131,9 +132,9 @@ def checked(field: dataclasses.Field, value: Any, where: str) -> Any:
     Raises:
         ValueError: it is not of the key's kind. The error begins with `where`.
     """
-    if value is None and field.metadata["or_none"]:
-        return None
     kind: Kind = field.metadata["kind"]
+    if value is None and field.metadata["or_none"]:
+        return None if kind.many is None else default_of(field)
     try:
         return kind.check(value)
     except (ValueError, TypeError):
@@ -164,8 +165,8 @@ def of_flag(field: dataclasses.Field, given: Any) -> Any:
     """
     kind: Kind = field.metadata["kind"]
     where = f"--{field.name.replace('_', '-')}"
-    if given == "none" and field.metadata["or_none"]:
-        return None
+    if given in ("none", ["none"]) and field.metadata["or_none"]:
+        return checked(field, None, where)
     if kind.many is not None:
         try:
             given = kind.many(given)
@@ -201,7 +202,9 @@ def shown(value: Any) -> str:
         return "a number of many digits"
     elif isinstance(value, (list, tuple)) and (len(value) > 8 or any(map(_nested, value))):
         return f"a list of {len(value)}"
-    elif isinstance(value, (dict, set)):
+    elif isinstance(value, set) or (
+        isinstance(value, dict) and (len(value) > 8 or any(map(_nested, value.values())))
+    ):
         return f"a {type(value).__name__} of {len(value)}"
     found = repr(value)
     return found if len(found) <= _LONGEST else f"{found[:_LONGEST]} ..."

@@ -322,6 +322,7 @@ class Loop:
                 "state": asdict(self.state),
                 "optimizer": plain,
                 "scaler": setup.scaler.state_dict(),
+                "without_gradient": sorted(self._without_gradient),
                 "rows": setup.course.rows,
                 "processes": setup.accelerator.num_processes,
             }
@@ -359,6 +360,13 @@ class Loop:
         load_optimizer_state(setup.optimizer, setup.parameters, found.optimizer, plain["optimizer"])
         setup.scaler.load_state_dict(plain["scaler"])
         self.state = State(**plain["state"])
+        self._without_gradient = set(plain["without_gradient"])
+        best = self.state.best_step
+        if best is not None and best not in self.checkpoints.steps():
+            self.state.best_loss = self.state.best_step = None
+            self.progress.say(
+                f"the best checkpoint, of step {best}, is gone: a later one may be best"
+            )
         own = setup.accelerator.process_index
         random_state.restore({name: states[own] for name, states in found.random.items()})
 

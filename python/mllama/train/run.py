@@ -17,10 +17,10 @@ from mllama.train.log import Log
 from mllama.train.loop import Loop, checkpoints_of
 from mllama.train.progress import TrainingProgress
 from mllama.train.samples import answer_samples
-from mllama.train.settings import TrainSettings
+from mllama.train.settings import TrainSettings, read_config
 from mllama.train.setup import Setup, make_accelerator, set_up
 from mllama.train.stopping import Stopping
-from mllama.train.yaml_file import read_yaml, write_yaml
+from mllama.train.yaml_file import write_yaml
 
 SETTINGS = "settings.yaml"
 # Keys that may change when a run is resumed: what is trained stays the same.
@@ -149,7 +149,10 @@ def _locked(output: Path) -> Iterator[None]:
     Raises:
         OSError: another process holds it, or it cannot be created.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"output {output} cannot be created: {error.strerror}") from error
     with (output / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +163,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _check_output(output: Path, settings: TrainSettings, resume: bool) -> None:
     """Raise FileExistsError for a folder in use without `resume`, ValueError for other settings
-    than those of the run to resume.
+    than those of the run to resume. One that has no checkpoint yet begins again, with any settings.
     """
     if not resume:
         if others := sorted(path.name for path in output.iterdir() if path.name != ".lock"):
@@ -169,9 +172,9 @@ def _check_output(output: Path, settings: TrainSettings, resume: bool) -> None:
                 "(--resume), or name another folder"
             )
         return
-    if not (output / SETTINGS).exists():
-        return
-    before, now = read_yaml(output / SETTINGS), _plain(asdict(settings))
+    if not checkpoints_of(output).steps() or not (output / SETTINGS).exists():
+        return  # it begins
+    before, now = read_config(output / SETTINGS), _plain(asdict(settings))
     changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
     if changed:
         shown = ", ".join(f"{name} (was {before.get(name)!r})" for name in changed)

@@ -194,7 +194,7 @@ def load_settings(path: Any = None, overrides: Mapping[str, Any] | None = None) 
         ValueError: a key is unknown or repeated, has a value that is not of its kind, lacks one, or
             excludes another.
     """
-    found = {} if path is None else _read(Path(path))
+    found = {} if path is None else read_config(Path(path))
     where = "settings" if path is None else str(path)
     overrides = overrides or {}
     for one, other in _ALTERNATIVES:
@@ -217,7 +217,13 @@ def load_settings(path: Any = None, overrides: Mapping[str, Any] | None = None) 
     return settings
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a config, as they are there.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not YAML of keys with values, or too large.
+    """
     from mllama.train.yaml_file import read_yaml
 
     if not path.is_file():
@@ -294,7 +300,8 @@ def _check_files(settings: TrainSettings, where: str) -> None:
     for name in ("data", "eval_data"):
         value = getattr(settings, name)
         is_file = value is not None and (
-            Path(value).suffix in (".jsonl", ".json", ".csv") or value.startswith((".", "/", "~"))
+            Path(value).suffix in (".jsonl", ".ndjson", ".json", ".csv")
+            or value.startswith((".", "/", "~"))
         )
         if is_file and not os.path.exists(value):
             raise FileNotFoundError(f"{where}: {name}: no such file: {value}")

@@ -12,12 +12,12 @@ from torch.utils.data import Subset
 from mllama.data.collate import Collator
 from mllama.data.features import FeatureCache
 from mllama.data.rows import Example
-from mllama.data.sources import open_examples
 from mllama.device import choose_device
 from mllama.train import random_state
 from mllama.train.course import Course, held_out
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype, prepare_model, trained_parameters
+from mllama.train.rows import open_rows
 from mllama.train.settings import TrainSettings
 from mllama.train.sharding import shard
 
@@ -160,18 +160,10 @@ def _open_data(
     settings: TrainSettings, collator: Collator
 ) -> tuple[Sequence[Example], Sequence[Example], list[str]]:
     """The rows to train on, those to evaluate, and what was wrong with those that were skipped."""
-
-    def open_one(key: str, source: str, split: str | None) -> Any:
-        try:
-            found = open_examples(source, settings.image_folder, settings.question, split)
-            return found.leave_out_bad(collator.encode) if settings.skip_bad_rows else found
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-
-    found: Any = open_one("data", settings.data, settings.split)
+    found = open_rows(settings, collator)
     bad_rows = list(found.bad_rows)
     if settings.eval_data is not None:
-        rest = open_one("eval_data", settings.eval_data, settings.eval_split)
+        rest = open_rows(settings, collator, "eval_data")
         return found, rest, bad_rows + rest.bad_rows
     if not settings.eval_fraction:
         return found, [], bad_rows
