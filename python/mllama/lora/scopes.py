@@ -92,6 +92,8 @@ def ranked(
 
 
 def _texts(targets: str | Iterable[str]) -> list[str]:
+    if isinstance(targets, Mapping) or not isinstance(targets, Iterable):
+        raise TypeError(f"targets must be str, got {type(targets).__name__}")
     texts = [targets] if isinstance(targets, str) else list(targets)
     if not all(isinstance(target, str) for target in texts):
         raise TypeError(f"targets must be str, got {texts!r}")
