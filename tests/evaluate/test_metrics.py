@@ -97,6 +97,12 @@ def test_rouge_l_reads_letters_of_any_script():
     assert words("Don't, Ünder_score 東京!") == ["don", "t", "ünder", "score", "東京"]
 
 
+def test_marks_are_part_of_words():
+    assert words("हिन्दी में, ไม่ q\u0308x") == ["हिन्दी", "में", "ไม่", "q\u0308x"]
+    assert words("\u2764\ufe0f dog") == ["dog"]  # a mark of no letter
+    assert score("rouge_l", ["कि"], [["का"]]).total == 0  # they differ in the vowel sign alone
+
+
 def test_cider_by_hand():
     # Two rows without a word in common: every n-gram has the weight log 2, so that a row's own
     # sentence has cosine 1 for 1- to 4-grams, and half of them with a sentence of two words.

@@ -84,6 +84,7 @@ def test_modules_trained_in_full_beside_them(tmp_path):
         ({"rank": 0}, "rank"),
         ({"ranks": {"q_proj": 0}}, "rank"),
         ({"alphas": {"q_proj": -1}}, "alpha"),
+        ({"alpha": 1e38, "rslora": True}, "alpha must be .* finite in float32, got 4e"),
         ({"alphas": {"fc1": 1}}, "alphas: 'fc1'"),
         ({"dropout": 1}, "dropout"),
         ({"name": "a.b"}, "a.b"),
@@ -97,6 +98,21 @@ def test_errors_change_nothing(options, said):
     assert mllama.lora_names(model) == [] and all(
         parameter.requires_grad for parameter in model.parameters()
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"targets": 3}, "targets must be str, got int"),
+        ({"targets": {"attn": 4}}, "targets must be str, got dict"),
+        ({"dora": "no"}, "dora must be a bool, got str"),
+        ({"rslora": 1}, "rslora must be a bool, got int"),
+        ({"model": None}, "got NoneType"),
+    ],
+)
+def test_types(options, said):
+    with pytest.raises(TypeError, match=said):
+        mllama.adapt(**{"model": tiny.model(), "targets": "attn"} | options)
 
 
 def test_a_tied_head_is_refused_and_never_adapted_by_a_scope():

@@ -47,6 +47,16 @@ def test_saved_and_loaded(converted, path):
     assert all(parameter.requires_grad for parameter in mllama.lora_parameters(again))
 
 
+def test_what_the_file_has_no_place_for_is_named(converted, path, tmp_path):
+    model = converted()
+    model[2].requires_grad_(True)  # trained in full beside the adapters
+    with pytest.warns(UserWarning, match="no place for 2, which can be trained .* PEFT's format"):
+        mllama.save_lora(model, path)
+    with warnings.catch_warnings(action="error"):
+        mllama.save_lora(model, tmp_path / "peft", format="peft")
+        mllama.save_lora(converted(), path)
+
+
 def test_the_file_can_be_read_as_any_other_and_nothing_lies_beside_it(converted, path):
     old = os.umask(0o022)
     try:
@@ -205,6 +215,13 @@ def test_all_that_does_not_fit_is_one_error(converted, path):
         ({"0.lora_a.weight": torch.zeros(4, 7)}, "0.lora_a.weight is [4, 7]"),
         ({"0.lora_b.weight": torch.zeros(9, 5)}, "0.lora_b.weight is [9, 5]"),
         ({"0.lora_b.weight": torch.zeros(9, 4, dtype=torch.bool)}, "0.lora_b.weight is [9, 4]"),
+        ({"0.lora_b.weight": torch.zeros(9, 4).to(torch.float8_e4m3fn)}, "[9, 4] of float8_e4m3fn"),
+        (
+            {"0.lora_b.weight": torch.full((9, 4), 1e39, dtype=torch.float64)},
+            "not finite (1): 0.lora_b.weight",
+        ),
+        ({"0.lora_a.weight": None, "0.lora_b.weight": None}, "alphas of 0, but no tensors"),
+        (dict.fromkeys(keys("0", "4")), "has no adapters: it has no tensors"),
     ],
 )
 def test_a_plain_model_stays_plain_where_something_does_not_fit(converted, path, changed, said):
@@ -239,6 +256,8 @@ def test_a_plain_model_stays_plain_where_something_does_not_fit(converted, path,
         '{"0": 0}',
         '{"0": -1}',
         '{"0": NaN}',
+        '{"0": 1e39}',
+        '{"0": 1e-45}',
         '{"0": Infinity}',
         '{"0": true}',
         '{"0": null}',

@@ -86,6 +86,27 @@ def test_merging_is_of_the_active_one(two):
     torch.testing.assert_close(logits(merged), expected["a"], rtol=1e-4, atol=1e-4)
 
 
+def test_no_adapter_is_added_while_one_is_merged(two, tmp_path):
+    model, expected = two
+    mllama.save_lora(model, tmp_path / "b.safetensors")
+    mllama.activate_lora(model, "a")
+    mllama.merge_lora(model)
+    model.language_model.norm.requires_grad_(True)
+    for add in (
+        lambda: mllama.adapt(model, "mlp", name="c"),
+        lambda: mllama.adapt(model, "vision", name="c"),  # whose layers are not merged
+        lambda: mllama.load_lora(model, tmp_path / "b.safetensors", name="c"),
+        lambda: mllama.load_lora(model, tmp_path / "b.safetensors", name="b"),
+        lambda: mllama.combine_lora(model, ["a", "b"], name="c"),
+    ):
+        with pytest.raises(ValueError, match=r"merged: call mllama\.unmerge_lora"):
+            add()
+        assert mllama.lora_names(model) == ["a", "b"]
+        assert model.language_model.norm.weight.requires_grad, "not frozen"
+    mllama.unmerge_lora(model)
+    assert torch.equal(logits(model), expected["a"])
+
+
 def test_deleting(two):
     model, expected = two
     with pytest.raises(ValueError, match="'b' is in use"):

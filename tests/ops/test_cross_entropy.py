@@ -124,6 +124,11 @@ BAD_CALLS = [
     BadCall(call(H, W[:0], L), ValueError, r"weight must be \[vocabulary, 24\]"),
     BadCall(call(H, W, L[:1]), ValueError, r"labels must be \[2, 5\] .* got \[1, 5\]"),
     BadCall(call(H, W, L + 68), ValueError, r"within the vocabulary \(0 to 69\)"),
+    BadCall(
+        call(H, W, torch.tensor([[-100, 3, -1, 69, -100]] * 2)),
+        ValueError,
+        r"must be -100 or within the vocabulary \(0 to 69\), got -1",
+    ),
     BadCall(call(H, W, L, 0.0), ValueError, "softcap must be positive and finite, got 0.0"),
     BadCall(call(H, W, L, "2"), TypeError, "softcap must be a number or None, got str"),
     BadCall(call(H, W, L, None, "avg"), ValueError, "reduction must be one of mean, sum, none"),

@@ -210,7 +210,12 @@ def test_lora_linear(keep):
             BadCall(
                 lambda: lora_linear(X, W, A, B, scale=float("nan")),
                 ValueError,
-                "scale must be finite, got nan",
+                "scale must be finite in float32, got nan",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, scale=-1e39),
+                ValueError,
+                r"scale must be finite in float32, got -1e\+39",
             ),
             BadCall(
                 lambda: lora_linear(X, W, A, B, dropout=True),

@@ -233,6 +233,13 @@ def written(tmp_path):
         ("alpha_pattern", {"q_proj": "4"}),
         ("target_modules", ["v_proj"]),
         ("lora_dropout", 2),
+        ("rank_pattern", {"(": 2}),
+        ("alpha_pattern", {"[": 2}),
+        ("alpha_pattern", [2]),
+        ("target_modules", 3),
+        ("modules_to_save", "norm"),
+        ("modules_to_save", ["norm"]),  # its values are not in the file
+        ("use_rslora", "no"),
     ],
 )
 def test_fields_that_are_not_honored_are_named(written, field, value):

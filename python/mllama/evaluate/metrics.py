@@ -1,7 +1,6 @@
 """Scores of answers against reference answers."""
 
 import functools
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,8 +99,12 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of letters and digits of any script: the tokens of ROUGE-L and CIDEr."""
-    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", text).lower()).split()
+    """Lower-case words of letters and digits of any script, with their marks, such as vowel signs:
+    the tokens of ROUGE-L and CIDEr.
+    """
+    text = unicodedata.normalize("NFC", text).lower()
+    spaced = "".join(letter if unicodedata.category(letter)[0] in "LNM" else " " for letter in text)
+    return [word for word in spaced.split() if any(map(str.isalnum, word))]
 
 
 def _spaced(text: str) -> str:

@@ -112,10 +112,13 @@ def adapt(
     """
     check_adapter(rank, alpha, dropout)
     check_name(name)
-    if is_sharded(model):
-        raise ValueError("this model is sharded: adapt it before sharding")
+    for option, value in (("rslora", rslora), ("dora", dora)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} must be a bool, got {type(value).__name__}")
     if any(name in layer.adapters() for layer in lora_layers(model).values()):
         raise ValueError(f"name: the model has an adapter {name!r} already")
+    if is_sharded(model):
+        raise ValueError("this model is sharded: adapt it before sharding")
     chosen = find_targets(model, targets, ranks)
     own_alphas = ranked(list(chosen), alphas, "alphas")
     options = {}

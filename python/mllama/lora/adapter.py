@@ -1,6 +1,5 @@
 """What one adapter adds to one linear layer."""
 
-import math
 import numbers
 import re
 from collections.abc import Collection
@@ -11,6 +10,7 @@ from torch import nn
 
 from mllama.nn.packed import PackedLinear
 
+_FLOAT32 = torch.finfo(torch.float32)
 DEFAULT = "default"  # name of the adapter of a layer that was converted without one
 # Attributes of an adapter, and of the layer that it is the current one of.
 FIELDS = ("lora_a", "lora_b", "dropout", "lora_magnitude", "rank", "alpha")
@@ -144,8 +144,8 @@ def check_adapter(rank: int, alpha: float, dropout: float = 0.0) -> None:
     for name, value in (("alpha", alpha), ("dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be above 0 and finite, got {alpha}")
+    if not _FLOAT32.tiny <= alpha <= _FLOAT32.max:  # else the scale would be 0 or infinite
+        raise ValueError(f"alpha must be above 0 and finite in float32, got {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
 

@@ -39,6 +39,11 @@ class Adapters:
     format: str = "mllama"
     base: str | None = None
 
+    def layers(self) -> set[str]:
+        """Names of the layers that the tensors are parts of."""
+        found = map(_KEY.fullmatch, self.tensors)
+        return {parts["name"] or "" for parts in found if parts}
+
     def options(self) -> dict[str, Options]:
         """What each layer's adapter is made with.
 

@@ -161,11 +161,18 @@ def put_adapters(
 
     Returns:
         The layers by each of their dotted names.
+
+    Raises:
+        ValueError: a number is out of range, or another adapter is merged; nothing has changed.
     """
     name = name or active_name(module) or DEFAULT
-    adapters = {
-        parameter for layer in lora_layers(module).values() for parameter in layer.adapter()
-    }
+    for options in chosen.values():
+        check_adapter(options.rank, options.alpha, options.dropout)
+    layers = lora_layers(module).values()
+    switches = any(layer.name != name or not layer.active for layer in layers)
+    if switches:
+        check_unmerged(module)
+    adapters = {parameter for layer in layers for parameter in layer.adapter()}
     for parameter in module.parameters():
         if freeze and parameter not in adapters:
             parameter.requires_grad_(False)
@@ -184,18 +191,29 @@ def put_adapters(
     for each, layer in found.items():
         if layer is not wrapped[layer]:
             module.set_submodule(each, wrapped[layer])
-    if any(layer.name != name or not layer.active for layer in lora_layers(module).values()):
+    if switches:
         use_adapter(module, name)
     return {each: wrapped[layer] for each, layer in found.items()}
 
 
 def use_adapter(module: nn.Module, name: str) -> None:
-    """Make the adapter of this name the active one, in all layers that have it."""
+    """Make the adapter of this name the active one, in all layers that have it.
+
+    Raises:
+        ValueError: an adapter is merged.
+    """
+    check_unmerged(module)
     for layer in lora_layers(module).values():
         if name in layer.adapters():
             layer.activate(name)
         else:
             layer.deactivate()
+
+
+def check_unmerged(module: nn.Module) -> None:
+    """Raise ValueError if an adapter is merged: another one cannot be used then."""
+    if any(layer.merged_weight is not None for layer in lora_layers(module).values()):
+        raise ValueError("an adapter is merged: call mllama.unmerge_lora(model) first")
 
 
 def _fits(name: str, targets: Iterable[str]) -> bool:

@@ -25,6 +25,7 @@ from mllama.nn.wrappers import gathered, is_sharded, plain_name, put, whole
 from mllama.ops._dispatch import kind
 
 _Shapes = dict[str, tuple[int, ...]]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike, name: str | None = None) -> None:
@@ -183,13 +184,13 @@ def _check_fit(path: Path, found: Adapters, shapes: _Shapes) -> None:
             f"{name} is {kind(tensors[name])}, not {list(shape)}"
             for name, shape in shapes.items()
             if name in tensors
-            and (tensors[name].shape != shape or not tensors[name].is_floating_point())
+            and (tensors[name].shape != shape or tensors[name].dtype not in _DTYPES)
         ],
     }
-    problems["not finite"] = [
+    problems["not finite"] = [  # in float32, the dtype of adapters
         name
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        if tensor.dtype in _DTYPES and not torch.isfinite(tensor.float()).all()
     ]
     message = "; ".join(
         f"{what} ({len(names)}): {listing(names)}" for what, names in problems.items() if names

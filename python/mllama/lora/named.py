@@ -37,11 +37,9 @@ def activate_lora(model: nn.Module, name: str) -> None:
         ValueError: the model has no adapter of that name; an adapter is merged; the model is
             sharded over processes.
     """
-    layers = _check(model, name)
+    _check(model, name)
     if is_sharded(model):
         raise ValueError("this model is sharded: activate an adapter before sharding")
-    if any(layer.merged_weight is not None for layer in layers.values()):
-        raise ValueError("an adapter is merged: call mllama.unmerge_lora(model) first")
     use_adapter(model, name)
 
 

@@ -55,6 +55,14 @@ _DESCRIPTIVE = {
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
+# Those with numbers, and what they are a number of; with `_pattern`, by regular expressions.
+_NUMBERS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "rank_pattern": "rank",
+    "alpha_pattern": "alpha",
+}
 # Allowed values of these fields; any other field must be off (false, null or empty). Other
 # initializations change the frozen weights too.
 _ONLY = {
@@ -111,16 +119,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: {name} must be {taken}, got {value!r}: such adapters are not supported"
         )
-    try:
-        for name, key in (("r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout")):
-            if name in config:
-                check_adapter(**{"rank": 1, "alpha": 1} | {key: config[name]})
-        for name, key in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
-            for value in (config.get(name) or {}).values():
-                check_adapter(**{"rank": 1, "alpha": 1} | {key: value})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: {name}: {error}") from error
+    for name in _READ & config.keys():
+        try:
+            _check_field(name, config[name])
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
     return config
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Raise TypeError, ValueError, AttributeError or re.error for a value of another kind."""
+    if name in _NUMBERS:
+        patterns = (value or {}).items() if name.endswith("_pattern") else [("", value)]
+        for pattern, number in patterns:
+            re.compile(_ending(pattern))
+            check_adapter(**{"rank": 1, "alpha": 1} | {_NUMBERS[name]: number})
+    elif name.startswith("use_") and not isinstance(value, (bool, type(None))):
+        raise TypeError(f"must be true or false, got {value!r}")
+    elif name in ("target_modules", "modules_to_save") and value is not None:
+        expression = name == "target_modules" and isinstance(value, str)
+        if not expression and not (
+            isinstance(value, list) and all(isinstance(each, str) for each in value)
+        ):
+            raise TypeError(f"must be a list of names, got {value!r}")
 
 
 def adapted_model(folder: Path) -> str:
@@ -182,6 +203,12 @@ def parse(
         ends = tuple(f".{target}" for target in targets)
         if outside := [name for name in parts if not f".{name}".endswith(ends)]:
             raise ValueError(f"{where}: target_modules does not name {listing(outside)}")
+    if (saved := config.get("modules_to_save")) and not any(
+        f"{module}." in name for module in saved for name in trained
+    ):
+        raise ValueError(
+            f"{where}: modules_to_save names {listing(saved)}, whose values are missing"
+        )
     alphas = {
         name: _alpha(where, config, name, own[f"{name}.lora_a.weight"].shape[0])
         for name, own in parts.items()
@@ -208,14 +235,15 @@ def _alpha(where: str, config: Mapping[str, Any], name: str, rank: int) -> float
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
+def _ending(pattern: str) -> str:
+    """The expression that a name matches if it ends with the pattern, as in PEFT."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
     """The value of the first pattern that matches the end of the name, as in PEFT."""
     return next(
-        (
-            value
-            for pattern, value in (patterns or {}).items()
-            if re.match(rf"(.*\.)?({pattern})$", name)
-        ),
+        (value for pattern, value in (patterns or {}).items() if re.match(_ending(pattern), name)),
         otherwise,
     )
 

@@ -34,13 +34,18 @@ def read_adapters(path: Path) -> Adapters:
     tensors, alphas = _open(path)
     if peft.is_peft(tensors):
         return _parse_peft(folder, path, tensors)
-    if tensors and not any(".lora_" in f".{name}" for name in tensors):
+    if not any(".lora_" in f".{name}" for name in tensors):
         raise ValueError(
             f"{path} has no adapters: its {len(tensors)} tensors are "
             f"{listing(list(tensors)[:3])} ..., the weights of a model"
+            if tensors
+            else f"{path} has no adapters: it has no tensors"
         )
     pickled = alphas is None and path.suffix != ".safetensors"
-    return Adapters(tensors, _parse_alphas(path, alphas), format="pth" if pickled else "mllama")
+    found = Adapters(tensors, _parse_alphas(path, alphas), format="pth" if pickled else "mllama")
+    if lone := sorted(found.alphas.keys() - found.layers()):
+        raise ValueError(f"{path} has alphas of {listing(lone)}, but no tensors")
+    return found
 
 
 def find_base(folder: Path, adapters: Paths | None) -> tuple[str | None, Paths | None]:

@@ -31,7 +31,8 @@ def save_lora(
     Args:
         model: a module with LoRA layers.
         path: a safetensors file, or a folder for PEFT's format.
-        format: "mllama": one file with the adapters and the alpha of each layer. "peft": a folder
+        format: "mllama": one file with the adapters and the alpha of each layer, and a warning if
+            other parameters can be trained, which it has no place for. "peft": a folder
             that `peft.PeftModel` loads onto this model or transformers' own class of it, with the
             modules that were trained next to the adapters.
         name: which adapter. Default: the one in use.
@@ -54,6 +55,13 @@ def save_lora(
     if path.is_dir():
         raise ValueError(
             f"path must be a file, such as {path / 'adapters.safetensors'}; {path} is a folder"
+        )
+    modules, loose = _trained_beside(model)
+    if beside := modules + loose:
+        warnings.warn(
+            f"mllama's format has no place for {listing(beside)}, which can be trained beside the "
+            "adapter: freeze them, or save in PEFT's format",
+            stacklevel=2,
         )
     with gathered(model):
         tensors = _adapter_tensors(layers, name)
@@ -100,7 +108,15 @@ def save_adapter_folder(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder in PEFT's format; {folder} is a file")
     inner, layers = unwrapped(model), plain_layers(model, name)
-    modules, loose = _trained_beside(model, strict)
+    modules, loose = _trained_beside(model)
+    if loose:
+        message = (
+            "PEFT's format does not support trained parameters in the same module as adapters: "
+            f"{listing(loose)}"
+        )
+        if strict:
+            raise ValueError(f"{message}. Freeze them, or save them separately")
+        warnings.warn(f"{message}. They are written for mllama to read", stacklevel=4)
     with gathered(model) if state_dict is None else nullcontext():
         if state_dict is None:
             values: Mapping[str, torch.Tensor] = plain_parameters(model)
@@ -121,28 +137,18 @@ def save_adapter_folder(
             peft.write(folder, options, tensors, trained, modules, stock_name, _base_model(inner))
 
 
-def _trained_beside(model: nn.Module, strict: bool) -> tuple[list[str], list[str]]:
-    """Names of modules trained as a whole, and of other trained parameters, which PEFT's format
-    does not support.
-    """
+def _trained_beside(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of modules trained as a whole, and of other trained parameters."""
     adapters: Iterable[nn.Parameter] = [
         parameter
         for layer in plain_layers(model).values()
         for adapter in layer.adapters().values()
         for parameter in parts_of(adapter).values()
     ]
-    modules, loose = (
-        [plain_name(model, name) for name in names] for names in peft.trained_whole(model, adapters)
-    )
-    if loose:
-        message = (
-            "PEFT's format does not support trained parameters in the same module as adapters: "
-            f"{listing(loose)}"
-        )
-        if strict:
-            raise ValueError(f"{message}. Freeze them, or save them separately")
-        warnings.warn(f"{message}. They are written for mllama to read", stacklevel=4)
-    return modules, loose
+    modules, loose = peft.trained_whole(model, adapters)
+    return [plain_name(model, name) for name in modules], [
+        plain_name(model, name) for name in loose
+    ]
 
 
 def _base_model(inner: nn.Module) -> str | None:

@@ -83,7 +83,7 @@ def ranked(
         raise TypeError(f"{what} must be a mapping or None, got {type(patterns).__name__}")
     found: dict[str, Any] = dict.fromkeys(names)
     for pattern, number in reversed([*(patterns or {}).items()]):  # the first one is written last
-        expression = _compile(rf"(?:.*\.)?(?:{pattern})")
+        expression = _compile(pattern, rf"(?:.*\.)?(?:{pattern})")
         fitting = [name for name in names if expression.fullmatch(name)]
         if not fitting:
             raise ValueError(f"{what}: {pattern!r} matches none of the {len(names)} adapted layers")
@@ -92,6 +92,8 @@ def ranked(
 
 
 def _texts(targets: str | Iterable[str]) -> list[str]:
+    if isinstance(targets, Mapping) or not isinstance(targets, Iterable):
+        raise TypeError(f"targets must be str, got {type(targets).__name__}")
     texts = [targets] if isinstance(targets, str) else list(targets)
     if not all(isinstance(target, str) for target in texts):
         raise TypeError(f"targets must be str, got {texts!r}")
@@ -155,9 +157,10 @@ def _in_range(target: str, known: list[str]) -> list[str]:
     return chosen
 
 
-def _compile(pattern: str) -> re.Pattern:
+def _compile(pattern: str, expression: str | None = None) -> re.Pattern:
+    """A pattern, or an expression made of it, or ValueError that names the pattern."""
     try:
-        return re.compile(pattern)
+        return re.compile(pattern if expression is None else expression)
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
 

@@ -146,7 +146,7 @@ def _targets(
     if not torch.compiler.is_compiling() and not bool(known.all()):
         raise ValueError(
             f"labels must be {ignore_index} or within the vocabulary (0 to {vocabulary - 1}), "
-            f"got {labels.min()} to {labels.max()}"
+            f"got {labels[~known][0]}"
         )
     return pad(labels, (0, 1), value=ignore_index).flatten()
 

@@ -182,10 +182,11 @@ def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_
             f"got {list(labels.shape)}"
         )
     _check_options(op, softcap, reduction, num_items_in_batch)
-    if _reads_labels(labels) and not bool(_known(labels, ignore_index, head.vocabulary).all()):
+    known = _known(labels, ignore_index, head.vocabulary)
+    if _reads_labels(labels) and not bool(known.all()):
         raise ValueError(
             f"{op}: labels must be {ignore_index} or within the vocabulary (0 to "
-            f"{head.vocabulary - 1}), got {labels.min()} to {labels.max()}"
+            f"{head.vocabulary - 1}), got {labels[~known][0]}"
         )
 
 

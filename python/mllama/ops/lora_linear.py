@@ -23,6 +23,7 @@ from mllama.ops.recompute import Saved, cast, restored
 
 _32_BITS = 0xFFFFFFFF
 _DENSE = -1  # in place of a packing's number
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class LoraLayer(NamedTuple):
@@ -203,8 +204,8 @@ def _check_layers(layers: Sequence[LoraLayer]) -> None:
         for name, value in (("scale", layer.scale), ("dropout", layer.dropout)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"lora_linear: {name} must be a number, got {type(value).__name__}")
-        if not -math.inf < layer.scale < math.inf:
-            raise ValueError(f"lora_linear: scale must be finite, got {layer.scale}")
+        if not abs(layer.scale) <= _LARGEST:
+            raise ValueError(f"lora_linear: scale must be finite in float32, got {layer.scale}")
         if not 0 <= layer.dropout < 1:
             raise ValueError(
                 f"lora_linear: dropout must be at least 0 and below 1, got {layer.dropout}"
