@@ -1,5 +1,7 @@
 """Features of a frozen encoder in files: found again, and never another image's or model's."""
 
+import copy
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from helpers import counted_images
 from mllama.data.collate import Collator
 from mllama.data.features import FeatureCache
 from mllama.data.sources import open_examples
+from mllama.runtime.fingerprint import fingerprint
 from tiny import data
 
 
@@ -101,13 +104,57 @@ def test_what_changes_is_computed_again(small):
         assert computed(batch) == 2
 
 
-def test_a_cache_notices_weights_that_change_while_it_is_used(small, tmp_path):
+def write(model) -> None:
+    with torch.no_grad():
+        model.vision_tower.encoder.layers[0].mlp.fc1.weight[0] += 1
+
+
+def load(model) -> None:
+    state = model.vision_tower.state_dict()
+    model.vision_tower.load_state_dict({name: 2 * value for name, value in state.items()})
+
+
+def put(model) -> None:
+    projection = model.multi_modal_projector.linear_1.weight
+    projection.data = projection.data * 2
+
+
+def replace(model) -> None:
+    projector = model.multi_modal_projector
+    projector.linear_2 = copy.deepcopy(projector.linear_2)
+    projector.linear_2.weight.data.mul_(2)  # torch counts no write
+
+
+def widen(model) -> None:
+    model.vision_tower.encoder.layers[0].layer_norm1.eps = 1.0
+
+
+@pytest.mark.parametrize("change", [write, load, put, replace, widen])
+def test_a_cache_notices_what_changes_while_it_is_used(small, tmp_path, change):
     _, model, batch = small
     cache = FeatureCache(model, tmp_path / "cache")
     before = cache.replace(batch)["image_features"]
-    model.vision_tower.encoder.layers[0].mlp.fc1.weight.data[0] += 1
+    change(model)
     after = cache.replace(batch)["image_features"]
     assert not torch.equal(before, after)
+    expected = FeatureCache(model, tmp_path / "other").replace(batch)["image_features"]
+    assert torch.equal(after, expected)
+
+
+def test_weights_are_read_once(small, tmp_path, monkeypatch):
+    _, model, batch = small
+    cache, reads = FeatureCache(model, tmp_path / "cache"), []
+    monkeypatch.setattr(
+        "mllama.runtime.image_cache.fingerprint", lambda of: reads.append(1) or fingerprint(of)
+    )
+    for seed in range(3):
+        cache.replace(batch | {"pixel_values": tiny.images(2, seed)})
+        with torch.no_grad():  # the decoder is trained
+            model.language_model.layers[0].mlp.up_proj.weight += 0.1
+    assert len(reads) == 1
+    write(model)
+    cache.replace(batch)
+    assert len(reads) == 2
 
 
 def test_layers_that_read_features_may_be_trained(family_folder, examples, tmp_path):

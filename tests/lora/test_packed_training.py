@@ -25,7 +25,11 @@ def packed(case, weights="int4"):
 
 def dense(case, packed_model):
     """The same model with the weights that the packed ones stand for."""
-    model = copy.deepcopy(pairs.pair(case).ours).requires_grad_(False)
+    return unpacked(copy.deepcopy(pairs.pair(case).ours).requires_grad_(False), packed_model)
+
+
+def unpacked(model, packed_model):
+    """`model`, given the weights that the packed ones stand for."""
     for name, layer in packed_model.named_modules():
         if isinstance(layer, PackedLinear):
             model.get_submodule(name).weight.data = layer.dense()

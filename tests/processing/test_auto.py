@@ -365,6 +365,10 @@ def test_templates_for_text_get_strings(make, noise, make_llama_tokenizer):
     )
 
 
+JSON_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{{ message['content'] if "
+    "message['content'] is string else message['content'] | tojson }}{{ '\n' }}{% endfor %}"
+)
 CALLED = [
     user("a"),
     {
@@ -394,11 +398,18 @@ def test_an_assistant_without_content(make, tmp_path, family):
 
 @pytest.mark.parametrize(
     "template",
-    [LLAVA_TEMPLATE, TEXT_TEMPLATE, templates.LLAMA_VISION, templates.CHATML, CHAT_TEMPLATE],
+    [
+        LLAVA_TEMPLATE,
+        TEXT_TEMPLATE,
+        templates.LLAMA_VISION,
+        templates.CHATML,
+        CHAT_TEMPLATE,
+        JSON_TEMPLATE,
+    ],
 )
 def test_texts_and_lists_of_parts_are_one(make, make_llama_tokenizer, template):
     """Some templates read one of the two alone: LLaVA's writes nothing of a text, Meta's the Python
-    form of a system message's list.
+    form of a system message's list, LFM2's a list as JSON.
     """
     messages = [
         {"role": role, "content": f" {role} {number} "}

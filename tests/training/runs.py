@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mllama.train import loop
 from mllama.train.run import TrainResult, train
 from mllama.train.settings import TrainSettings
 
@@ -66,6 +67,18 @@ def in_child(settings: TrainSettings, resume: bool = False) -> int:
     except BaseException as error:
         (Path(settings.output).parent / "error.txt").write_text(repr(error))
         os._exit(1)
+
+
+def interrupt(monkeypatch, number: int, step: int) -> None:
+    """Send this process a signal while it makes a step."""
+    update = loop.Loop._update
+
+    def interrupted(self, at: int) -> None:
+        if at == step:
+            os.kill(os.getpid(), number)
+        update(self, at)
+
+    monkeypatch.setattr(loop.Loop, "_update", interrupted)
 
 
 def log_of(output: Path) -> list[dict]:

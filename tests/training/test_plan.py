@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import needs_kernels
 from mllama.cli import main
 from mllama.plan import machine
+from mllama.plan.allocations import WORKSPACE
 from mllama.plan.fakes import FROZEN, GRADIENTS, OPTIMIZER, TRAINED
 from mllama.plan.machine import available_memory, parse_bytes
 from mllama.plan.run import LIBRARIES, plan
@@ -79,16 +81,24 @@ CONFIGURATIONS = {
         "targets": ("attn", "mlp", "vision", "projector"),
     },
     "full, text": {"model": "llama", "data": "long.jsonl", "method": "full", "batch_size": 2},
-    "adapters, text, bfloat16": {
+    "adapters, text, int8, bfloat16": {
         "model": "llama",
         "data": "long.jsonl",
         "batch_size": 4,
         "dtype": "bfloat16",
+        "weights": "int8",
     },
+    "adapters, text, int4": {"model": "llama", "data": "long.jsonl", "weights": "int4"},
 }
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs_kernels if "weights" in keys else ())
+        for name, keys in CONFIGURATIONS.items()
+    ],
+)
 def test_within_a_tenth_of_the_measured_peak(place, tmp_path, name):
     keys = CONFIGURATIONS[name]
     paths = {key: str(place / keys[key]) for key in ("model", "data") if key in keys}
@@ -162,6 +172,18 @@ def test_what_does_not_fit_has_switches_with_their_figures(place):
     again = plan(dataclasses.replace(settings, **best.changes), 2**40)
     parts = sum(size for part, size in again.parts.items() if part != LIBRARIES)
     assert best.total - found.parts[LIBRARIES] == parts
+
+
+@needs_kernels
+def test_packed_weights_are_switches_of_adapters(place):
+    settings = settings_in(place, model=str(place / "llama"))
+    needed = plan(settings, 2**40)
+    found = plan(settings, int((needed.total - 2**20) / 0.9))
+    by_name = {str(switch.changes.get("weights")): switch for switch in found.switches}
+    assert by_name["int4"].total < by_name["int8"].total < needed.total
+    again = plan(dataclasses.replace(settings, weights="int4"), 2**40)
+    assert again.parts[WORKSPACE] == 4 * 8000 * 128  # 2**20 / 8000 columns, in groups of 32
+    assert by_name["int4"].total - found.parts[LIBRARIES] == again.total - again.parts[LIBRARIES]
 
 
 def test_switches_together_where_none_is_enough(place):

@@ -20,6 +20,7 @@ from training.runs import (
     assert_same_run,
     assert_same_tensors,
     in_child,
+    interrupt,
     log_of,
     replaced,
     settings_of,
@@ -47,18 +48,6 @@ def whole(model_folder, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
     trained(settings_of(model_folder, data, output, log_every=2))
     return output
-
-
-def interrupt(monkeypatch, number: int, step: int) -> None:
-    """Send this process a signal while it makes a step."""
-    update = loop.Loop._update
-
-    def interrupted(self, at: int) -> None:
-        if at == step:
-            os.kill(os.getpid(), number)
-        update(self, at)
-
-    monkeypatch.setattr(loop.Loop, "_update", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

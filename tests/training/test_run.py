@@ -69,6 +69,24 @@ def test_curves_samples_and_tracker(finished):
     )
 
 
+def test_trackers_get_the_runs_name_and_folder(settings, monkeypatch):
+    """accelerate's own name is the project's for most."""
+    from accelerate import Accelerator
+
+    given = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *args: given.append(args))
+    settings = replaced(settings, trackers=("tensorboard",), run_name="try", max_steps=1)
+    result = trained(replaced(settings, eval_every=1, save_every=1))
+    ((project, config, own),) = given
+    assert project == own["wandb"]["name"] == own["trackio"]["name"] == "try"
+    assert config["rank"] == 2
+    # wandb writes to another folder if this one is not there
+    assert (
+        own["wandb"]["dir"] == str(result.output / "trackers")
+        and (result.output / "trackers").is_dir()
+    )
+
+
 def test_no_file_of_a_run_is_a_pickle(finished):
     output, _ = finished
     files = [path for path in output.rglob("*") if path.is_file()]

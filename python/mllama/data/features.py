@@ -18,10 +18,11 @@ MAX_BYTES = 2**35  # of a folder: 32 GiB
 class FeatureCache:
     """Replaces a batch's pixels by image features, from files where they are there.
 
-    A file is named after the image's pixels, the settings and the weights of encoder and projector,
-    which are looked at in each call; whatever changes makes other files. It has the hash of its
-    content: a broken one is computed again. Files are written to a temporary name and renamed, and
-    processes may share a folder.
+    A file is named after the image's pixels, the settings and the weights of encoder and projector;
+    whatever changes makes other files. Weights are read once, and again after changes that torch
+    counts: all but writes through `.data` in place, after which a new cache is needed. A file has
+    the hash of its content: a broken one is computed again. Files are written to a temporary name
+    and renamed, and processes may share a folder.
 
     Args:
         model: the model to train, as `mllama.load` returns it; may be wrapped.
@@ -41,7 +42,7 @@ class FeatureCache:
         if self._model.spec.encoder is None:
             raise ValueError("cache_features needs a model with images")
         self._check_frozen()
-        cache = ImageCache(0, folder, max_bytes)
+        cache = ImageCache(0, folder, max_bytes, is_frozen=True)
         self._reader = ImageReader(self._model, cache)
 
     def replace(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

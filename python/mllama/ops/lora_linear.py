@@ -22,7 +22,7 @@ from mllama.ops.packed_linear import check_packed, check_packing, packing_name
 from mllama.ops.recompute import Saved, cast, restored
 
 _32_BITS = 0xFFFFFFFF
-_DENSE = -1  # in place of a packing's number
+DENSE = -1  # in place of a packing's number
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -187,7 +187,7 @@ def _lists(layers: Sequence[LoraLayer]) -> tuple[list, list, list, list]:
 def _numbers(layers: Sequence[LoraLayer]) -> tuple[list[float], list[float], list[int]]:
     """Scales, dropouts and the kernels' numbers of packings."""
     packings = [
-        _DENSE if layer.packing is None else PACKINGS[layer.packing].number for layer in layers
+        DENSE if layer.packing is None else PACKINGS[layer.packing].number for layer in layers
     ]
     return (
         [float(layer.scale) for layer in layers],
@@ -243,7 +243,7 @@ def _check(x, weights, lora_a, lora_b, biases, seeds, scales, dropouts, packings
 
 
 def _check_layer(x, weight, lora_a, lora_b, bias, packing) -> None:
-    dense = packing == _DENSE
+    dense = packing == DENSE
     tensors = {"x": x} | ({"weight": weight} if dense else {})
     tensors |= {"lora_a": lora_a, "lora_b": lora_b, "bias": bias}
     check_tensors("lora_linear", optional=("bias",), **tensors)

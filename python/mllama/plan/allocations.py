@@ -2,11 +2,14 @@
 
 import weakref
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+WORKSPACE = "tiles of packed weights"
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -15,17 +18,23 @@ class AllocationTracker(TorchDispatchMode):
 
     Args:
         vocabulary: floating tensors with this last dimension are of kind "logits".
+        workspace: bytes that an operator of this name takes beside its results, by its arguments;
+            they are of kind WORKSPACE. Default: none.
 
     Attributes:
         live: bytes by kind, now.
         peak: bytes by kind when their sum was highest.
     """
 
-    def __init__(self, vocabulary: int | None = None):
+    def __init__(
+        self,
+        vocabulary: int | None = None,
+        workspace: Callable[[str, Sequence[Any]], int] = lambda operator, args: 0,
+    ):
         super().__init__()
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._vocabulary = vocabulary
+        self._vocabulary, self._workspace = vocabulary, workspace
         self._known: dict[int, tuple[str, int]] = {}  # storage -> kind, bytes
 
     def note(self, tensor: torch.Tensor, kind: str) -> None:
@@ -39,6 +48,9 @@ class AllocationTracker(TorchDispatchMode):
             size = storage.nbytes()
             weakref.finalize(storage, self._drop, key)
         self._known[key] = kind, size
+        self._add(kind, size)
+
+    def _add(self, kind: str, size: int) -> None:
         self.live[kind] += size
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
@@ -52,6 +64,9 @@ class AllocationTracker(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and self._is_new(tensor):
                 self.note(tensor, self._kind_of(tensor))
+        if size := self._workspace(func.name().partition(".")[0], args):
+            self._add(WORKSPACE, size)
+            self.live[WORKSPACE] -= size
         return result
 
     def _is_new(self, tensor: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mllama.plan.allocations import AllocationTracker
 from mllama.runtime.images import IMAGE_INPUTS
 from mllama.train.batches import Batch, count_trained
 from mllama.train.prepare import autocast
+from mllama.train.workspaces import TILE_ELEMENTS, workspace
 
 TRAINED, FROZEN = "trained parameters", "frozen weights"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
@@ -30,6 +32,7 @@ class FakeSteps:
             mode.
         dtype: of the computation, under autocast unless it is float32.
         make_optimizer: makes the optimizer of the trained parameters, given by name.
+        device: the type of the device that is stood for.
     """
 
     def __init__(
@@ -37,11 +40,13 @@ class FakeSteps:
         model: Any,
         dtype: torch.dtype,
         make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
+        device: str = "cpu",
     ):
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model, self._dtype = model.train(), dtype
         self._make_fake()
-        self._tracker = AllocationTracker(model.spec.text.vocab_size)
+        tile = partial(workspace, elements=TILE_ELEMENTS.get(device, TILE_ELEMENTS["cpu"]))
+        self._tracker = AllocationTracker(model.spec.text.vocab_size, tile)
         for tensor in (*model.parameters(), *model.buffers()):
             self._tracker.note(tensor, TRAINED if tensor.requires_grad else FROZEN)
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}

@@ -193,7 +193,7 @@ def _count(
     def make(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         return make_optimizer(parameters, counted)
 
-    steps = FakeSteps(model, dtype, make)
+    steps = FakeSteps(model, dtype, make, device.type)
     parts = steps.peak(
         batch, settings.accumulation, settings.max_grad_norm, settings.cache_features is not None
     )

@@ -102,8 +102,9 @@ def as_text(content: str | list[dict], image_token: str | None = None) -> str:
 def fit_contents(messages: list[dict], render: Render) -> list[dict]:
     """Convert contents to the form that the template reads: a text or a list of parts.
 
-    Some templates read only one of the two; the other is dropped, or written as its Python repr. A
-    content that the template reads as given is unchanged, as is a content with images.
+    Some templates read only one of the two; the other is dropped, or written as its Python repr or
+    as JSON, both of which escape the quote in a mark. A content that the template reads as given is
+    unchanged, as is a content with images.
 
     Args:
         messages: as returned by `as_messages`.
@@ -125,14 +126,14 @@ def fit_contents(messages: list[dict], render: Render) -> list[dict]:
         try:
             written = render(
                 [
-                    mark_texts(message, f"{mark}{number}{mark}")
+                    mark_texts(message, f'{mark}"{number}{mark}')
                     for number, message in enumerate(form)
                 ]
             )
         # It does not read this form. If both fail, the caller's own call raises the error.
         except Exception:
             continue
-        shown = {number for number in left if f"{mark}{number}{mark}" in written}
+        shown = {number for number in left if f'{mark}"{number}{mark}' in written}
         for number in shown:
             fitted[number] = form[number]
         left -= shown

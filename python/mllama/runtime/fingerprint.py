@@ -24,8 +24,7 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, module in modules:
         for inner, part in module.named_modules(prefix=name):
-            settings = [item for item in sorted(vars(part).items()) if _is_plain(item[1])]
-            digest.update(f"{inner} {type(part).__qualname__} {settings}".encode())
+            digest.update(f"{inner} {type(part).__qualname__} {_settings(part)}".encode())
             for own in (part.named_parameters, part.named_buffers):
                 for label, tensor in own(recurse=False):
                     digest.update(f"{label} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -44,7 +43,7 @@ def structure(modules: Iterable[nn.Module]) -> tuple:
         own = vars(part)
         # Ids of hooks are never used again, those of objects are: a reference is of one object.
         hooks = [key for name in _HOOKS for key in own[name]]
-        switches = str([x for x in own.items() if _is_plain(x[1])]) if is_foreign(part) else ""
+        switches = str(_settings(part)) if is_foreign(part) else ""
         found.append((weakref.ref(part), tuple(hooks), id(own.get("forward")), switches))
     return tuple(found)
 
@@ -55,6 +54,19 @@ def is_foreign(module: nn.Module) -> bool:
     """
     own, *bases = (kind.__module__ for kind in type(module).__mro__)
     return not own.startswith(_KNOWN) or not all(base.startswith(_BASES) for base in bases)
+
+
+def traces(modules: Iterable[nn.Module]) -> tuple | None:
+    """What `fingerprint` depends on, without reading a value: modules' settings, and `versions`. To
+    be compared with an earlier one of modules with the same `structure`. None if they have tensors
+    of inference mode, whose writes torch does not count.
+    """
+    found: list[Any] = []
+    for module in modules:
+        if any(x.is_inference() for x in (*module.parameters(), *module.buffers())):
+            return None
+        found.append((versions(module), str([_settings(part) for part in module.modules()])))
+    return tuple(found)
 
 
 def versions(module: nn.Module) -> tuple:
@@ -70,6 +82,11 @@ def hash_tensors(start: bytes, tensors: Mapping[str, torch.Tensor]) -> bytes:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.digest()
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """A module's own attributes that are switches, factors or names, by name."""
+    return sorted(item for item in vars(module).items() if _is_plain(item[1]))
 
 
 def _is_plain(value: Any) -> bool:

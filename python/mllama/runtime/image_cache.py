@@ -14,7 +14,7 @@ from torch import nn
 from mllama.nn.adapted import adapter_state
 from mllama.nn.plain import all_plain
 from mllama.runtime.checks import check_count
-from mllama.runtime.fingerprint import fingerprint, structure
+from mllama.runtime.fingerprint import fingerprint, structure, traces
 from mllama.runtime.image_files import ImageFiles
 
 MAX_BYTES = 2**29  # of memory
@@ -39,6 +39,9 @@ class ImageCache:
         folder: where entries are kept as files too; created if needed. Whoever can write there
             decides what the model sees. Default: nowhere.
         max_folder_bytes: limit of all files in the folder.
+        is_frozen: the model's weights are read once, and again after changes that torch counts.
+            Writes through `.data` in place are not counted. Default: they are read after each
+            `attach`.
 
     Raises:
         TypeError: a limit is not an int, or folder is not a path.
@@ -51,6 +54,7 @@ class ImageCache:
         max_bytes: int = MAX_BYTES,
         folder: str | os.PathLike | None = None,
         max_folder_bytes: int = MAX_FOLDER_BYTES,
+        is_frozen: bool = False,
     ):
         check_count("max_bytes", max_bytes, 0)
         check_count("max_folder_bytes", max_folder_bytes)
@@ -61,6 +65,8 @@ class ImageCache:
         self._model: Callable[[], Any] = lambda: None  # a weak reference
         self._of_features = False  # which of its modules entries depend on
         self._weights = ""  # their fingerprint, once it is needed after `attach`
+        self._is_frozen = is_frozen
+        self._traces: tuple | None = None  # what the fingerprint of frozen ones stands for
         self._state: tuple = ()  # adapters, modules and hooks that the entries were computed with
         self._lock = threading.Lock()
 
@@ -95,10 +101,14 @@ class ImageCache:
             elif self._model() is not model:
                 raise ValueError("image_cache must be of this model alone, it is another's already")
             self._of_features = of_features
-            state = adapter_state(), structure(module for _, module in self._modules(model))
+            modules = [module for _, module in self._modules(model)]
+            state = adapter_state(), structure(modules)
+            found = traces(modules) if self._is_frozen else None
             if self._state != state:
                 self._clear()
-            self._state, self._weights = state, ""
+            if found is None or (self._state, self._traces) != (state, found):
+                self._weights = ""
+            self._state, self._traces = state, found
 
     def clear(self) -> None:
         """Forget the entries in memory."""

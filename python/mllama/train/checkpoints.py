@@ -27,7 +27,6 @@ _NAME = re.compile(r"step-(\d{8})")
 _ASIDE = re.compile(r"\.(step-\d{8}|removed|shards)-[0-9a-f]{32}")  # what a killed process leaves
 _SUMS = "checksums.json"
 _BLOCK = 2**24  # bytes
->>>>>>> break1
 
 
 @dataclass

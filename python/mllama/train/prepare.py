@@ -67,7 +67,7 @@ def make_trainable(model: Any, settings: TrainSettings, quiet: bool = False) -> 
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return adapted
 
 

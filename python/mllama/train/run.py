@@ -22,7 +22,7 @@ from mllama.train.setup import Setup, make_accelerator, set_up
 from mllama.train.stopping import Stopping
 from mllama.train.yaml_file import write_yaml
 
-SETTINGS = "settings.yaml"
+SETTINGS, TRACKERS = "settings.yaml", "trackers"
 # Keys that may change when a run is resumed: what is trained stays the same.
 FREE = (
     "cache_features",
@@ -210,7 +210,11 @@ def _start_trackers(setup: Setup, output: Path) -> None:
             name: value if isinstance(value, (int, float, str)) else str(value)
             for name, value in asdict(settings).items()
         }
-        setup.accelerator.init_trackers(settings.run_name or output.name, config)
+        name, folder = settings.run_name or output.name, output / TRACKERS
+        folder.mkdir(exist_ok=True)
+        # accelerate's name is the project's where there are projects: runs get random names
+        own = {"wandb": {"name": name, "dir": str(folder)}, "trackio": {"name": name}}
+        setup.accelerator.init_trackers(name, config, own)
 
 
 def _show(setup: Setup, output: Path, step: int) -> None:
