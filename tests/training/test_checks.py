@@ -9,8 +9,8 @@ import mllama
 from mllama.cli import main
 from mllama.data.collate import Collator
 from mllama.data.sources import open_examples
+from mllama.plan.run import plan
 from mllama.train.checks import run_checks
-from mllama.train.plan import plan
 from tiny import folders
 from training.runs import replaced, settings_of, write_rows
 
