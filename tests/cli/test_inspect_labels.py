@@ -101,6 +101,7 @@ def test_errors(run, tmp_path, family_folder):
         ([path, "--row", 2, "--model", family_folder("siglip")], "decoder"),
         ([path, "--row", 2, "--max-length", 3], "row 2"),
         ([path, "--split", "x"], "split"),
+        ([path, "--reference", "meta"], "--reference meta is for Llama-3.2-Vision only"),
     ]:
         code, out, err = run("inspect-labels", *options)
         assert (code, out) == (2, "") and said in err and err.count("\n") == 1

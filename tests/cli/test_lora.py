@@ -1,6 +1,7 @@
 """`mllama lora merge|convert|inspect`, and several adapters in `chat`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -85,22 +86,52 @@ def test_converted_there_and_back(run, model_folder, adapters, tmp_path):
     assert torch.equal(logits(base), logits(adapters[0]))
 
 
+def with_embeddings(model, source, folder):
+    """A PEFT folder that has the frozen embeddings, too, as PEFT writes them where words were
+    added.
+    """
+    shutil.copytree(source, folder)
+    name, value = next(
+        (name, value) for name, value in model.named_parameters() if "embed_tokens" in name
+    )
+    key = f"base_model.model.{model.stock_name(name)}"
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path) | {key: value.detach() * 2}, path)
+    return folder
+
+
+def test_embeddings_beside_an_adapter_are_kept(run, model_folder, adapters, tmp_path):
+    model, _, folder = adapters
+    source = with_embeddings(model, folder / "peft", tmp_path / "resized")
+    given = ["--to", "peft", "--model", model_folder]
+    assert run("lora", "convert", source, tmp_path / "peft", *given)[0] == 0
+    found, expected = (
+        mllama.load(model_folder, dtype="float32", device="cpu", adapter=path)[0]
+        for path in (tmp_path / "peft", source)
+    )
+    assert torch.equal(logits(found), logits(expected))
+    assert not torch.allclose(logits(found), logits(model), atol=1e-2)
+    assert not found.get_input_embeddings().weight.requires_grad
+
+
 def test_what_cannot_be_converted(run, model_folder, adapters, tmp_path):
     model, _, folder = adapters
     full, _ = mllama.load(model_folder, dtype="float32", device="cpu")
     mllama.adapt(full, "attn", trained_modules="projector")
     mllama.save_lora(full, tmp_path / "full", format="peft")
+    resized = with_embeddings(model, folder / "peft", tmp_path / "resized")
     for arguments, said in (
         ([folder / "own.safetensors", tmp_path / "x", "--to", "peft"], "--model"),
         ([folder / "peft", tmp_path / "x.bin", "--to", "mllama"], ".safetensors"),
         ([folder / "peft", folder / "own.safetensors", "--to", "mllama"], "--force"),
         ([folder / "peft", folder, "--to", "mllama"], "must be a file"),
-        ([tmp_path / "full", tmp_path / "x.safetensors", "--to", "mllama"], "trained in full"),
+        ([tmp_path / "full", tmp_path / "x.safetensors", "--to", "mllama"], "has in full"),
+        ([resized, tmp_path / "x.safetensors", "--to", "mllama"], "no place for"),
         ([model_folder, tmp_path / "x.safetensors", "--to", "mllama"], "whole model"),
     ):
         code, text, error = run("lora", "convert", *arguments)
         assert code == 2 and said in error and error.count("\n") == 1 and not text
-    assert {path.name for path in tmp_path.iterdir()} == {"full"}
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "resized"}
 
 
 def test_inspected(run, model_folder, adapters, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
+from mllama.cli._answering import check_reference
 from mllama.data.collate import Collator
 from mllama.data.labels import Summary, count_roles, label_tokens, summarize, token_lines
 from mllama.data.sources import Examples, open_examples
@@ -22,6 +23,7 @@ _SHOWN = 5  # bad rows printed; --json prints all
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the labels; exit code 1 if rows of the summary cannot be trained on."""
+    check_reference(arguments)
     collator = _collator(arguments.model, arguments.reference or "meta", arguments.max_length)
     examples = open_examples(
         arguments.data, arguments.image_folder, arguments.question, arguments.split

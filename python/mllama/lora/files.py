@@ -88,25 +88,26 @@ def convert_adapter(
 
     Raises:
         FileNotFoundError, ValueError: as `mllama.load_lora`. ValueError: the file names no alphas;
-            "mllama" has no place for modules that were trained in full; "peft" without a model.
+            "mllama" has no place for whole weights, of modules trained in full or of
+            resized embeddings; "peft" without a model.
     """
     found = read_adapters(Path(source))
     if model is not None:
         found = with_own_names(model, found)
     options, target = found.options(), Path(target)
-    trained = {name: found.trained[name] for name in found.trained.keys() - found.frozen}
     if format == "peft":
         if model is None:
             raise ValueError("PEFT's format names layers as transformers does: give the model")
+        trained = found.trained.keys() - found.frozen
         names = sorted({name.rpartition(".")[0] for name in trained})
         stock_name = getattr(unwrapped(model), "stock_name", str)
         own_base = base or found.base
-        peft.write(target, options, found.tensors, trained, names, stock_name, own_base)
+        peft.write(target, options, found.tensors, found.trained, names, stock_name, own_base)
         return
-    if trained:
+    if found.trained:
         raise ValueError(
-            f"mllama's format has no place for {listing(sorted(trained))}, which were trained in "
-            "full: merge them into the model, or keep PEFT's format"
+            f"mllama's format has no place for {listing(sorted(found.trained))}, which {source} "
+            "has in full: merge them into the model, or keep PEFT's format"
         )
     alphas = json.dumps({name: float(each.alpha) for name, each in options.items()})
     write_file(target, lambda aside: save_tensors(aside, found.tensors, alpha=alphas))

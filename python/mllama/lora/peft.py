@@ -263,8 +263,8 @@ def write(
         folder: created if needed; other files in it are kept.
         layers: what each layer's adapter was made with.
         tensors: NAME.lora_a.weight and NAME.lora_b.weight of each, and DoRA's magnitudes.
-        trained: other trained parameters.
-        modules_to_save: the modules that they belong to.
+        trained: other parameters that the folder has, and embeddings that stay frozen.
+        modules_to_save: the modules that were trained in full.
         stock_name: maps the model's name of a module or parameter to that of transformers' class.
         base: folder or hub id of the base model.
 
