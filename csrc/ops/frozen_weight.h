@@ -8,8 +8,9 @@ namespace mllama {
 
 constexpr int64_t kDense = -1;  // in place of a packing
 
-// A weight [out, in]. A Device has kTileElements, the size of a tile, and unpack(args, first, last,
-// weight, tile), which dequantizes the rows of the blocks [first, last).
+// A weight [out, in]. A Device has kTileElements, the size of a tile; unpack(args, first, last,
+// weight, tile), which dequantizes the rows of the blocks [first, last); and kFloatColumns, the
+// columns of a float32 product that torch shall make at a time.
 template <class Device>
 class FrozenWeight {
   public:
@@ -30,7 +31,13 @@ class FrozenWeight {
 
     // y [rows, out] = x [rows, in] W' + bias, contiguous, of x's dtype
     void multiply(const Tensor& x, const MaybeTensor& bias, Tensor& y) const {
-        if (!packing_) return linear_out(x, weight_, bias, y);
+        if (!packing_) {
+            return for_columns(y, [&](int64_t first, int64_t count) {
+                MaybeTensor part = bias;
+                if (bias) part = piece(*part, 0, first, count);
+                linear_out(x, piece(weight_, 0, first, count), part, piece(y, 1, first, count));
+            });
+        }
         int64_t step = tile_size(in_, kernels::kLanes);
         Tensor memory = new_tensor(x, {std::min(step, out_) * in_});
         for (int64_t row = 0; row < out_; row += step) {
@@ -45,9 +52,8 @@ class FrozenWeight {
     // g [rows, out] W, contiguous, of g's dtype. Tiles have all rows of some inputs: no result is a
     // sum of rounded ones.
     Tensor gradient(const Tensor& g) const {
-        if (!packing_) return torch::stable::matmul(g, weight_);
         Tensor x = new_tensor(g, {g.size(0), in_});
-        for_columns(x, [&](const Tensor& tile, const Tensor& part) { matmul_out(g, tile, part); });
+        for_tiles(x, [&](const Tensor& tile, const Tensor& part) { matmul_out(g, tile, part); });
         return x;
     }
     // x [rows, in] += g W
@@ -55,13 +61,33 @@ class FrozenWeight {
         auto add = [&](Tensor w, const Tensor& part) {
             linear_out(g, torch::stable::transpose(w, 0, 1), part, part);
         };
-        packing_ ? for_columns(x, add) : add(weight_, x);
+        for_tiles(x, add);
     }
 
   private:
-    // Calls body(tile [out, width], columns of x [rows, width]) for all columns.
+    static Tensor piece(Tensor t, int64_t dim, int64_t first, int64_t count) {
+        return count == t.size(dim) ? t : torch::stable::narrow(t, dim, first, count);
+    }
+
+    // Calls body(first, count) for all columns of a product with the dense weight, some at a time
+    // where that is faster.
     template <class Body>
-    void for_columns(Tensor& x, Body&& body) const {
+    void for_columns(const Tensor& product, Body&& body) const {
+        int64_t size = product.size(1), step = std::max<int64_t>(size, 1);
+        if (dtype_ == Dtype::f32 && product.size(0) >= 16 && size >= 2 * Device::kFloatColumns)
+            step = Device::kFloatColumns;
+        for (int64_t first = 0; first < size; first += step)
+            body(first, std::min(step, size - first));
+    }
+
+    // Calls body(columns of the weight [out, width], those of x [rows, width]) for all columns.
+    template <class Body>
+    void for_tiles(Tensor& x, Body&& body) const {
+        if (!packing_) {
+            return for_columns(x, [&](int64_t first, int64_t count) {
+                body(piece(weight_, 1, first, count), piece(x, 1, first, count));
+            });
+        }
         int64_t step = tile_size(out_, kernels::kGroup);
         Tensor memory = new_tensor(x, {std::min(step, in_) * out_});
         for (int64_t first = 0; first < in_; first += step) {

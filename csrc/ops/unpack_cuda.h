@@ -9,6 +9,7 @@ namespace mllama {
 
 struct UnpackOnCuda {
     static constexpr int64_t kTileElements = int64_t{1} << 24;  // enough work for all of a GPU
+    static constexpr int64_t kFloatColumns = int64_t{1} << 40;  // all: cuBLAS chooses tiles
 
     // tile = the rows of the blocks [first, last).
     static void unpack(kernels::PackWeight args, int64_t first, int64_t last, const Tensor& weight,

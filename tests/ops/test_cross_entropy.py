@@ -161,6 +161,20 @@ def test_linear_cross_entropy(differentiable, monkeypatch):
     )
 
 
+def test_more_words_than_are_multiplied_at_a_time():
+    made = sample((40,), 2500, num_items_in_batch=20)
+    (hidden, weight, labels), options = made.args, made.kwargs
+    found, exact = [], []
+    for function, tensors, results in (
+        (linear_cross_entropy, (hidden, weight), found),
+        (reference, (hidden.double(), weight.double()), exact),
+    ):
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        loss = function(*tensors, labels, **options)
+        results += [loss.detach(), *torch.autograd.grad(loss, tensors)]
+    torch.testing.assert_close(found, exact, check_dtype=False, rtol=1e-5, atol=1e-6)
+
+
 @needs_kernels
 def test_operator():
     scores, targets = rows(40)

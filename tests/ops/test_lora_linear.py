@@ -304,6 +304,18 @@ def test_float32_against_float64(rank, dropout):
     assert max(errors(results(lora_linear, *tensors, **options), exact)) <= F32_TOLERANCE
 
 
+def test_more_columns_than_are_made_at_a_time():
+    """Of y, of x's gradient, and of its sum in a group; the last ones fewer."""
+    tensors = (*inputs((30, 2100), 3000, 4), torch.randn(30, 3000))
+    exact = results(plain, *(tensor.double() for tensor in tensors))
+    assert max(errors(results(lora_linear, *tensors), exact)) <= F32_TOLERANCE
+    x, layers, grads = group(width=2100)
+    doubles = x.double(), [[t.double() for t in one] for one in layers], [g.double() for g in grads]
+    ys, found = group_results(together(SCALES), x, layers, grads)
+    exact_ys, exact = group_results(apart(plain, SCALES), *doubles)
+    assert max(errors(ys + found, exact_ys + exact)) <= F32_TOLERANCE
+
+
 @needs_kernels
 @pytest.mark.parametrize("rows", [3, 90])
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
