@@ -53,6 +53,7 @@ def main() -> None:
                 remarks.append(case)
                 continue
             rows.append(harness.table_row(harness.measure(case)))
+            del case  # what it calls may have models, and the next ones are made now
             if sys.stderr.isatty():
                 print(f"\r{name}: {len(rows)} cases", end="", file=sys.stderr)
         if sys.stderr.isatty():

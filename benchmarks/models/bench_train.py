@@ -2,6 +2,7 @@
 transformers with PEFT and the same with a loss in chunks.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -148,3 +149,4 @@ def cases() -> Iterator[Case | str]:
                 steps = (training_step(ours, our_loss, batch), training_step(theirs, loss, batch))
                 yield Case(shape, dtype, f"step, {peer}", *steps)
             del ours, theirs, steps
+            gc.collect()  # models that refer to themselves
