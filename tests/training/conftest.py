@@ -1,10 +1,22 @@
-"""What tests of several processes share."""
+"""What tests of runs share."""
 
 import gc
 import importlib
 
 import pytest
 from torch import distributed
+
+from training.runs import settings_of, write_rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def settings(model_folder, data, tmp_path):
+    return settings_of(model_folder, data, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

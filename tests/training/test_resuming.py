@@ -25,16 +25,10 @@ from training.runs import (
     replaced,
     settings_of,
     trained,
-    write_rows,
 )
 
 pytest.importorskip("accelerate")
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

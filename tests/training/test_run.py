@@ -15,20 +15,10 @@ from mllama.train.course import Course, held_out
 from mllama.train.prepare import prepare_model
 from mllama.train.run import train
 from mllama.train.settings import TrainSettings
-from training.runs import log_of, replaced, settings_of, trained, write_rows
+from training.runs import log_of, replaced, settings_of, trained
 
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def settings(model_folder, data, tmp_path):
-    return settings_of(model_folder, data, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

@@ -15,29 +15,11 @@ from lora.test_packed_training import unpacked
 from mllama.nn.packed import PackedLinear
 from mllama.train.prepare import prepare_model, trained_parameters
 from mllama.train.run import train
-from training.runs import (
-    assert_same_run,
-    interrupt,
-    log_of,
-    replaced,
-    settings_of,
-    trained,
-    write_rows,
-)
+from training.runs import assert_same_run, interrupt, log_of, replaced, trained
 
 pytest.importorskip("accelerate")
 pytestmark = needs_kernels
 EVERY = ("vision", "projector", "all-linear")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def settings(model_folder, data, tmp_path):
-    return settings_of(model_folder, data, tmp_path / "run")
 
 
 @pytest.fixture(scope="module", params=["f32", "bf16", "int8", "int4"])
