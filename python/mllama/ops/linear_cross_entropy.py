@@ -182,8 +182,10 @@ def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_
             f"got {list(labels.shape)}"
         )
     _check_options(op, softcap, reduction, num_items_in_batch)
+    if not _reads_labels(labels):
+        return
     known = _known(labels, ignore_index, head.vocabulary)
-    if _reads_labels(labels) and not bool(known.all()):
+    if not bool(known.all()):
         raise ValueError(
             f"{op}: labels must be {ignore_index} or within the vocabulary (0 to "
             f"{head.vocabulary - 1}), got {labels[~known][0]}"

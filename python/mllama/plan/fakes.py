@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllama.plan.allocations import AllocationTracker
+from mllama.plan.workspaces import TILE_ELEMENTS, workspace
 from mllama.runtime.images import IMAGE_INPUTS
 from mllama.train.batches import Batch, count_trained
 from mllama.train.prepare import autocast
-from mllama.train.workspaces import TILE_ELEMENTS, workspace
 
 TRAINED, FROZEN = "trained parameters", "frozen weights"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"

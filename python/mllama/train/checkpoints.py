@@ -4,7 +4,6 @@ The first process writes whole tensors, or every process its own part (`checkpoi
 there are folders in place of the files weights.safetensors and optimizer.safetensors.
 """
 
-import json
 import re
 import shutil
 import uuid
@@ -19,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
-from mllama.checkpoints.files import listing, read_json, save_tensors, write_folder
+from mllama.checkpoints.files import listing, read_json, save_tensors, write_folder, write_json
 from mllama.train.shards import read_shards, write_shards
 
 _SHARDED = ("weights", "optimizer")
+_TENSORS = (*_SHARDED, "random")
 _NAME = re.compile(r"step-(\d{8})")
 _ASIDE = re.compile(r"\.(step-\d{8}|removed|shards)-[0-9a-f]{32}")  # what a killed process leaves
 _SUMS = "checksums.json"
@@ -100,13 +100,14 @@ class CheckpointFolder:
         """
 
         def write(aside: Path) -> None:
-            for name in _SHARDED if staged is not None else ():
-                (staged / name).rename(aside / name)
-            for name in ("random",) if staged is not None else (*_SHARDED, "random"):
+            for name in _TENSORS:
+                if staged is not None and name in _SHARDED:
+                    (staged / name).rename(aside / name)
+                    continue
                 save_tensors(aside / f"{name}.safetensors", _stored(getattr(checkpoint, name)))
-            _write_json(aside / "state.json", {"step": checkpoint.step, **checkpoint.plain})
+            write_json(aside / "state.json", {"step": checkpoint.step, **checkpoint.plain})
             sums = {str(file.relative_to(aside)): _checksum(file) for file in _summed(aside)}
-            _write_json(aside / _SUMS, sums)
+            write_json(aside / _SUMS, sums)
 
         path = self.path(checkpoint.step)
         if not path.exists():  # else it was resumed with nothing left to do
@@ -150,7 +151,7 @@ class CheckpointFolder:
                 name: read_shards(path / name, like)
                 if (path / name).is_dir()
                 else load_file(path / f"{name}.safetensors")
-                for name in (*_SHARDED, "random")
+                for name in _TENSORS
             }
             plain = read_json(path / "state.json")
             if plain["step"] != step:
@@ -195,10 +196,6 @@ def _checksum(path: Path) -> int:
         while block := file.read(_BLOCK):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
