@@ -12,6 +12,7 @@ import platform
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -130,6 +131,15 @@ def pytest_report_header() -> str:
 def _same_random_numbers():
     """Every test draws the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_environment():
+    """What commands run by a test leave in the environment does not reach the programs that later
+    tests start.
+    """
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(autouse=True)

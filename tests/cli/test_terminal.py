@@ -67,6 +67,7 @@ def draw(line: str) -> str:
 @pytest.fixture
 def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TQDM_DISABLE", "")
     return Terminal()
 
 
