@@ -1,15 +1,23 @@
 """`base_model`: the model without its head, as transformers' classes have it."""
 
 import copy
+import gc
 import pickle
+import subprocess
+import sys
+import weakref
 
+import peft
 import pytest
 import torch
 from torch import nn
 
+import mllama
 import tiny
 from families.test_training import examples
 from tiny.pairs import make, pair
+
+LORA = peft.LoraConfig(target_modules=["q_proj"])
 
 
 def without_labels(case: str) -> dict[str, torch.Tensor]:
@@ -73,6 +81,67 @@ def test_copies_have_their_own():
             not other.base_model(ids).last_hidden_state.any()
             and model.base_model(ids).last_hidden_state.any()
         )
+
+
+def test_hooks_stay():
+    model, seen = make("llama").ours, []
+    ids = torch.tensor([tiny.tokens(4)])
+    model.model.register_forward_hook(lambda *args: seen.append(1))
+    model.model(ids)
+    copy.deepcopy(model).model(ids)
+    assert seen == [1, 1]
+
+
+def test_it_outlives_its_model():
+    model, ids = make("llama").ours, torch.tensor([tiny.tokens(4)])
+    with torch.no_grad():
+        expected = model.model(ids).last_hidden_state
+        base = pickle.loads(pickle.dumps(copy.deepcopy(model.model)))
+        del model
+        assert torch.equal(base(ids).last_hidden_state, expected)
+
+
+def train(model, batch):
+    mllama.adapt(model, rank=2)
+    model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, batch: model.model,
+        lambda model, batch: model.generate(batch["input_ids"], max_new_tokens=2),
+        lambda model, batch: peft.get_peft_model(model, LORA)(**batch),
+        train,
+    ],
+)
+def test_a_deleted_model_is_freed_at_once(use):
+    model, batch = make("llama").ours, examples(pair("llama"))
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        use(model, batch)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+FREED = """
+import gc, weakref
+import mllama
+
+gc.disable()
+def load():
+    return weakref.ref(mllama.load()[0])
+print(load()() is None)
+"""
+
+
+def test_the_first_loaded_model_is_freed_at_once():
+    """Imports leave cycles behind."""
+    output = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert output.stdout == "True\n", output.stderr
 
 
 def test_it_compiles_in_one_graph():

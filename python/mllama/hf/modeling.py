@@ -11,7 +11,7 @@ from mllama.config.checks import check_size
 from mllama.config.features import FeatureChoice, choose_features
 from mllama.fusion.base import ModelInputs
 from mllama.hf.arguments import check_keywords, check_special
-from mllama.hf.backbone import Backbone
+from mllama.hf.backbone import Backbone, backbone_of
 from mllama.hf.built import check_built, remember_config
 from mllama.hf.call import (
     PackedRows,
@@ -78,8 +78,6 @@ class MllamaForConditionalGeneration(
         self.build(spec, reference)
         if spec.text.extra_embeddings:  # the embedding has more rows than the head
             self._tied_weights_keys = None  # type: ignore[assignment]
-        # Not a child: its parameters are the model's own.
-        self.__dict__["_backbone"] = Backbone(self, MllamaForConditionalGeneration.forward)
         self.post_init()
         remember_config(self)
 
@@ -88,7 +86,7 @@ class MllamaForConditionalGeneration(
         """The model without its head, also `base_model`. It is called like the model and returns
         last_hidden_state.
         """
-        return self._backbone.follow()  # type: ignore[union-attr,operator]
+        return backbone_of(self, MllamaForConditionalGeneration.forward)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
