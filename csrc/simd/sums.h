@@ -40,7 +40,7 @@ inline __attribute__((always_inline)) vf sum_each(const vf (&acc)[kWidth]) {
     return reinterpret_cast<vf>(_mm256_permute2f128_ps(a, b, 0x20)) +
            reinterpret_cast<vf>(_mm256_permute2f128_ps(a, b, 0x31));
 #else
-    vf sums;
+    vf sums{};
     for (int i = 0; i < kWidth; ++i) sums[i] = reduce_add(acc[i]);
     return sums;
 #endif
