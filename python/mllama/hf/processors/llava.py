@@ -187,11 +187,6 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         )
         text_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}
         text_kwargs["add_special_tokens"] = special and text_kwargs.get("add_special_tokens", True)
-        for name in (
-            "return_mm_token_type_ids",
-            "return_text_replacement_offsets",
-        ):  # the processor's own attribute, mirrored by _merge_kwargs
-            text_kwargs.pop(name, None)
         data = dict(self.tokenizer(prompts, **text_kwargs))
         check_whole(
             data["input_ids"],

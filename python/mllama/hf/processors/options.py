@@ -108,9 +108,12 @@ def merge_options(
         name: value for name, value in options.items() if value is not None or name not in _GROUPS
     }
     with in_one_line():
-        return processor._merge_kwargs(
+        merged = processor._merge_kwargs(
             tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **given
         )
+    for name in _WHOLE_CALL:  # which transformers also puts among the tokenizer's options
+        merged["text_kwargs"].pop(name, None)
+    return merged
 
 
 @contextlib.contextmanager

@@ -163,11 +163,6 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
             {"return_token_type_ids": False, **merged["text_kwargs"]},
             merged["images_kwargs"],
         )
-        for name in (
-            "return_mm_token_type_ids",
-            "return_text_replacement_offsets",
-        ):  # the processor's own attribute, mirrored by _merge_kwargs
-            text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if text is None:
             tiles = self.image_processor(images, **images_kwargs)
