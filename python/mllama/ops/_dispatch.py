@@ -83,6 +83,26 @@ def check_tensor(op: str, name: str, tensor: Any) -> None:
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
+def check_dtype(op: str, name: str, tensor: Any, dtype: torch.dtype) -> None:
+    """Raise TypeError unless it is a tensor of this dtype."""
+    check_tensor(op, name, tensor)
+    if tensor.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be {wanted}, got {dtype_name(tensor)}")
+
+
+def check_vectors(op: str, x: torch.Tensor, **vectors: torch.Tensor) -> None:
+    """Raise ValueError unless x has a dimension, and each vector the size of its last one."""
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension")
+    for name, vector in vectors.items():
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{op}: {name} must be [{x.shape[-1]}], the last size of x {list(x.shape)}, "
+                f"got {list(vector.shape)}"
+            )
+
+
 def check_device(op: str, name: str, tensor, first: str, home) -> None:
     """Raise ValueError unless the tensor is on the device of `home`, the argument named `first`."""
     if tensor.device != home.device:
@@ -128,13 +148,14 @@ def register(
     check: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    why: str = "mllama's operators can be differentiated once",
 ) -> Any:
     """Register fake and autograd formula of the compiled operator `mllama::name`; return the
     function that calls it, or None if operators are disabled.
 
     `check` takes the operator's arguments and raises for invalid ones. Without `backward` the
-    operator is itself a derivative: differentiating it raises, because a missing formula would
-    give wrong second derivatives silently.
+    operator is itself a derivative, or has none: differentiating it raises and says `why`, because
+    a missing formula would give wrong derivatives silently.
     """
     if _EXTENSION is None:
         return None
@@ -146,7 +167,7 @@ def register(
     for qualified in (f"mllama::{name}", f"mllama::{name}.kernel"):
         torch.library.register_fake(qualified, fake)
     if backward is None:
-        backward, setup_context = _no_second_derivative(name), None
+        backward, setup_context = _no_derivative(name, why), None
     torch.library.register_autograd(f"mllama::{name}", backward, setup_context=setup_context)
     return _caller(name, check)
 
@@ -230,13 +251,11 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        _no_second_derivative(ctx.name)(ctx, *grads)
+        _no_derivative(ctx.name, "mllama's operators can be differentiated once")(ctx, *grads)
 
 
-def _no_second_derivative(name: str) -> Callable:
+def _no_derivative(name: str, why: str) -> Callable:
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"mllama::{name} has no derivative: mllama's operators can be differentiated once"
-        )
+        raise NotImplementedError(f"mllama::{name} has no derivative: {why}")
 
     return backward

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from mllama.ops._dispatch import (
     check_device,
-    check_tensor,
+    check_dtype,
     check_tensors,
     dtype_name,
     exact,
@@ -280,10 +280,7 @@ def _check_sizes(q, k, v) -> None:
 def _check_mask(name: str, mask, q, dtype: torch.dtype, *shapes: list[int]) -> None:
     if mask is None:
         return
-    check_tensor("attention", name, mask)
-    if mask.dtype != dtype:
-        wanted = str(dtype).removeprefix("torch.")
-        raise TypeError(f"attention: {name} must be {wanted}, got {dtype_name(mask)}")
+    check_dtype("attention", name, mask, dtype)
     check_device("attention", name, mask, "q", q)
     if list(mask.shape) not in shapes:
         accepted = " or ".join(dict.fromkeys(str(shape) for shape in shapes if shape))

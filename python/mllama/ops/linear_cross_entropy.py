@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from mllama.ops._dispatch import (
     autocast_dtype,
     check_device,
-    check_tensor,
+    check_dtype,
     check_tensors,
     differentiable_once,
     dtype_name,
@@ -165,10 +165,8 @@ def _reads_labels(labels: torch.Tensor) -> bool:
 def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_batch) -> None:
     op = "linear_cross_entropy"
     check_tensors(op, hidden=hidden)
-    check_tensor(op, "labels", labels)
+    check_dtype(op, "labels", labels, torch.int64)
     check_device(op, "labels", labels, "hidden", hidden)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{op}: labels must be int64, got {dtype_name(labels)}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:

@@ -9,6 +9,7 @@ import torch
 from mllama.ops._dispatch import (
     autocast_dtype,
     check_device,
+    check_dtype,
     check_tensor,
     check_tensors,
     dtype_name,
@@ -222,9 +223,7 @@ def _check_layers(layers: Sequence[LoraLayer]) -> None:
 
 
 def _check_seeds(seeds: torch.Tensor, count: int) -> None:
-    check_tensor("lora_linear", "seed", seeds)
-    if seeds.dtype != torch.int64:
-        raise TypeError(f"lora_linear: seed must be int64, got {dtype_name(seeds)}")
+    check_dtype("lora_linear", "seed", seeds, torch.int64)
     if seeds.shape != (count,):
         raise ValueError(f"lora_linear: seed must be [{count}], got {list(seeds.shape)}")
 
