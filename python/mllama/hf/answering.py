@@ -22,7 +22,8 @@ from transformers import (
 from mllama.hf.arguments import nearest
 from mllama.hf.encoded_images import encode_once
 from mllama.lora.named import lora_active
-from mllama.runtime.checks import check_count, check_room
+from mllama.nn.checks import check_count
+from mllama.runtime.checks import check_room
 from mllama.runtime.completion import Completion, Generation
 from mllama.runtime.progress import DECODE, PROMPT, Progress, Stages, check_progress
 from mllama.runtime.questions import tokenizer_of
