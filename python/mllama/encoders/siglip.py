@@ -11,6 +11,7 @@ from mllama.config.spec import ModelSpec, VisionSpec
 from mllama.encoders.output import EncoderOutput
 from mllama.nn.attention import BidirectionalAttention
 from mllama.nn.checkpointing import CheckpointedLayer
+from mllama.nn.checks import check_floating
 from mllama.nn.mlp import MLP
 from mllama.nn.norm import LayerNorm
 from mllama.ops.patch_embed import patch_embed
@@ -66,13 +67,7 @@ def check_pixels(pixel_values: torch.Tensor, config: VisionSpec, any_size: bool 
         ValueError: pixel_values is not [images, channels, image_size, image_size], or with
             `any_size` a side is smaller than a patch.
     """
-    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
-        kind = (
-            pixel_values.dtype
-            if isinstance(pixel_values, torch.Tensor)
-            else type(pixel_values).__name__
-        )
-        raise TypeError(f"pixel_values must be a floating torch.Tensor, got {kind}")
+    check_floating("pixel_values", pixel_values)
     wanted = (config.num_channels, config.image_size, config.image_size)
     if any_size and pixel_values.dim() == 4 and min(pixel_values.shape[2:]) >= config.patch_size:
         wanted = (config.num_channels, *pixel_values.shape[2:])

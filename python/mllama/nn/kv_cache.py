@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from mllama.nn.checks import check_count
+from mllama.nn.checks import check_count, check_integers
 from mllama.ops.quantized_rows import dequantize_rows, quantize_rows
 
 # Names of the dtypes that keys and values may be stored in.
@@ -261,9 +261,7 @@ class KVCache:
         """Select rows of the batch by index, int64 [new batch], to reorder beams, repeat or drop
         rows.
         """
-        if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64:
-            kind = getattr(rows, "dtype", type(rows).__name__)
-            raise TypeError(f"rows must be an int64 torch.Tensor, got {kind}")
+        check_integers("rows", rows, [torch.int64])
         batch = max((buffer.batch for buffer in (*self._text, *self._cross)), default=0)
         if rows.dim() != 1 or (batch and not bool(((rows >= 0) & (rows < batch)).all())):
             raise ValueError(f"rows must be [new batch], of 0 to {batch - 1}, got {rows.tolist()}")
