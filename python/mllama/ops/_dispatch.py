@@ -118,10 +118,15 @@ def check_value(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_number(op: str, name: str, value: Any, wanted: str = "a number") -> None:
+    """Raise TypeError unless it is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {type(value).__name__}")
+
+
 def check_eps(op: str, eps: float) -> None:
     """Raise TypeError unless eps is a number, ValueError unless it is finite and not negative."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    check_number(op, "eps", eps)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
 

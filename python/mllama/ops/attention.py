@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from mllama.ops._dispatch import (
     check_device,
     check_dtype,
+    check_number,
     check_tensors,
     dtype_name,
     exact,
@@ -205,10 +206,8 @@ def _causal(queries: int, key: torch.Tensor, o: Options) -> torch.Tensor:
 def _check_numbers(o: Options) -> None:
     """Check the arguments that are not tensors, and that no unsupported gradient is required."""
     for name, value in (("scale", o.scale), ("softcap", o.softcap)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise TypeError(
-                f"attention: {name} must be a float or None, got {type(value).__name__}"
-            )
+        if value is not None:
+            check_number("attention", name, value, "a float or None")
     if o.softcap is not None and not 1e-30 < o.softcap < 1e30:
         raise ValueError(f"attention: softcap must be a positive number, got {o.softcap}")
     if not isinstance(o.causal, bool):

@@ -13,6 +13,7 @@ from mllama.ops._dispatch import (
     autocast_dtype,
     check_device,
     check_dtype,
+    check_number,
     check_tensors,
     differentiable_once,
     dtype_name,
@@ -192,8 +193,7 @@ def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_
 
 def _check_options(op: str, softcap, reduction, num_items_in_batch) -> None:
     if softcap is not None:
-        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-            raise TypeError(f"{op}: softcap must be a number or None, got {type(softcap).__name__}")
+        check_number(op, "softcap", softcap, "a number or None")
         if not FLOAT32.tiny <= softcap <= FLOAT32.max:
             raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
     if reduction not in REDUCTIONS:

@@ -7,6 +7,7 @@ import torch
 
 from mllama.ops._dispatch import (
     check_eps,
+    check_number,
     check_tensors,
     check_vectors,
     fresh,
@@ -105,8 +106,7 @@ def _noted(y, hidden, weight, eps, offset) -> torch.Tensor:
 
 
 def _check_offset(op: str, offset: float) -> None:
-    if isinstance(offset, bool) or not isinstance(offset, (int, float)):
-        raise TypeError(f"{op}: offset must be a number, got {type(offset).__name__}")
+    check_number(op, "offset", offset)
     if (
         not -math.inf < offset < math.inf
     ):  # math.isfinite breaks the graph under torch 2.11's compiler
