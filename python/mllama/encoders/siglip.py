@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from mllama.config.features import FeatureChoice
-from mllama.config.spec import ModelSpec, VisionSpec
+from mllama.config.spec import ModelSpec, VisionSpec, count_patches
 from mllama.encoders.output import EncoderOutput
 from mllama.nn.attention import BidirectionalAttention
 from mllama.nn.checkpointing import CheckpointedLayer
@@ -46,7 +46,7 @@ class SiglipEmbeddings(nn.Module):
 
     def __init__(self, config: VisionSpec):
         super().__init__()
-        self.positions = (config.image_size // config.patch_size) ** 2
+        self.positions = count_patches(config)
         self.patch_embedding = PatchEmbedding(
             config.num_channels, config.hidden_size, config.patch_size, config.patch_size
         )

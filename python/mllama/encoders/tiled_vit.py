@@ -11,7 +11,7 @@ from torch import nn
 
 from mllama.config.checks import check_reference
 from mllama.config.features import FeatureChoice
-from mllama.config.spec import ModelSpec, TiledVisionSpec
+from mllama.config.spec import ModelSpec, TiledVisionSpec, count_patches
 from mllama.encoders.output import EncoderOutput
 from mllama.encoders.siglip import PatchEmbedding
 from mllama.encoders.tiled_layers import PositionEmbedding, TiledEncoder, TileEmbedding
@@ -35,7 +35,7 @@ class TiledImageEncoder(nn.Module):
     def __init__(self, config: TiledVisionSpec):
         super().__init__()
         self.config = config
-        self.tokens_per_tile = (config.image_size // config.patch_size) ** 2 + 1
+        self.tokens_per_tile = count_patches(config) + 1
         self.class_embedding = nn.Parameter(
             torch.randn(config.hidden_size) * config.hidden_size**-0.5
         )
