@@ -17,13 +17,7 @@ class ClipEmbeddings(nn.Module):
         super().__init__()
         self.positions = count_patches(config) + 1
         self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
-        self.patch_embedding = PatchEmbedding(
-            config.num_channels,
-            config.hidden_size,
-            config.patch_size,
-            config.patch_size,
-            bias=False,
-        )
+        self.patch_embedding = PatchEmbedding.of(config, bias=False)
         self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

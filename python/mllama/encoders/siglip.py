@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from mllama.config.features import FeatureChoice
-from mllama.config.spec import ModelSpec, VisionSpec, count_patches
+from mllama.config.spec import ModelSpec, TiledVisionSpec, VisionSpec, count_patches
 from mllama.encoders.output import EncoderOutput
 from mllama.nn.attention import BidirectionalAttention
 from mllama.nn.checkpointing import CheckpointedLayer
@@ -19,6 +19,12 @@ from mllama.ops.patch_embed import patch_embed
 
 class PatchEmbedding(nn.Conv2d):
     """A convolution whose stride is its kernel size, computed as a matrix product per patch."""
+
+    @classmethod
+    def of(cls, config: VisionSpec | TiledVisionSpec, bias: bool = True) -> "PatchEmbedding":
+        """Build an encoder's. The class itself is called as a convolution's, as PEFT needs it."""
+        patch = config.patch_size
+        return cls(config.num_channels, config.hidden_size, patch, patch, bias=bias)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, E, H // p, W // p], a convolution's layout, as PEFT needs it. Rows
@@ -47,9 +53,7 @@ class SiglipEmbeddings(nn.Module):
     def __init__(self, config: VisionSpec):
         super().__init__()
         self.positions = count_patches(config)
-        self.patch_embedding = PatchEmbedding(
-            config.num_channels, config.hidden_size, config.patch_size, config.patch_size
-        )
+        self.patch_embedding = PatchEmbedding.of(config)
         self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

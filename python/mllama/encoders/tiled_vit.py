@@ -39,13 +39,7 @@ class TiledImageEncoder(nn.Module):
         self.class_embedding = nn.Parameter(
             torch.randn(config.hidden_size) * config.hidden_size**-0.5
         )
-        self.patch_embedding = PatchEmbedding(
-            config.num_channels,
-            config.hidden_size,
-            config.patch_size,
-            config.patch_size,
-            bias=False,
-        )
+        self.patch_embedding = PatchEmbedding.of(config, bias=False)
         self.gated_positional_embedding = PositionEmbedding(config)
         self.pre_tile_positional_embedding = TileEmbedding(config)
         self.post_tile_positional_embedding = TileEmbedding(config)
