@@ -64,6 +64,18 @@ def some_text(text: str) -> str:
     return text
 
 
+def add_count(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    what: str,
+    default: int | None = None,
+    least: int = 1,
+) -> None:
+    """Add an option whose value is a whole number; `what` says of what, without the default."""
+    shown = what if default is None else f"{what} (default: {default})"
+    parser.add_argument(flag, type=number(int, least), default=default, metavar="N", help=shown)
+
+
 def number(kind: type, least: float, most: float = math.inf, above: bool = False):
     """A parser for int or float whose error names the range; `above` excludes `least` itself."""
     accepted = keys.number(kind, least, most, above)
