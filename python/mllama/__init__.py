@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the names of `_HOME` for type checkers; tests/test_types.py
     from mllama.api import ask as ask
     from mllama.api import load as load
     from mllama.hf.configs import MllamaConfig as MllamaConfig
-    from mllama.hf.fuse import fuse as fuse
+    from mllama.hf.fusing import fuse as fuse
     from mllama.hf.loader import load_hf_model as load_hf_model
     from mllama.hf.modeling import MllamaForConditionalGeneration as MllamaForConditionalGeneration
     from mllama.hf.processors.auto import load_processor as load_processor
@@ -71,7 +71,7 @@ _HOME = {
     "convert_linears_to_lora": "lora",
     "convert_to_lora": "lora",
     "delete_lora": "lora",
-    "fuse": "hf.fuse",
+    "fuse": "hf.fusing",
     "load": "api",
     "load_hf_model": "hf.loader",
     "load_lora": "lora",

@@ -16,6 +16,7 @@ from mllama.plan.allocations import WORKSPACE
 from mllama.plan.fakes import FROZEN, GRADIENTS, OPTIMIZER, TRAINED
 from mllama.plan.machine import available_memory, parse_bytes
 from mllama.plan.run import LIBRARIES, plan
+from mllama.plan.workspaces import TILE_ELEMENTS
 from mllama.train.settings import TrainSettings, load_settings
 from tiny import folders, stock, tokenizers
 from training.runs import write_rows
@@ -206,6 +207,13 @@ def test_the_command(place, capsys):
     for length in ("3", "1025"):  # below the longest row's, and beyond the model's positions
         assert main([*words, "--memory", "64GB", "--length", length]) == 2
         assert "length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", TILE_ELEMENTS)
+def test_tiles_are_the_operators_own(device):
+    header = Path(__file__).parents[2] / f"csrc/ops/unpack_{device}.h"
+    shift = TILE_ELEMENTS[device].bit_length() - 1
+    assert f"kTileElements = int64_t{{1}} << {shift};" in header.read_text()
 
 
 @pytest.mark.parametrize(

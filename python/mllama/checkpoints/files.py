@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,13 @@ def listing(names: list[str]) -> str:
     names = [name if name.isprintable() else repr(name) for name in names]
     more = f" ... and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
+
+
+def listing_by_kind(kinds: Mapping[str, list[str]]) -> str:
+    """`listing` of each kind that has names, after the kind and their number; "" if none has."""
+    return "; ".join(
+        f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names
+    )
 
 
 def read_json(path: Path) -> dict:

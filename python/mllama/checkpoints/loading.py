@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from mllama.checkpoints.files import listing
+from mllama.checkpoints.files import listing_by_kind
 from mllama.checkpoints.sources import Header, Source, Taker
 from mllama.weights.rows import Move, WeightMap, file_names, plan_moves
 
@@ -52,9 +52,7 @@ class Report:
             "of another shape or kind": self.unfit,
             "given twice": self.twice,
         }
-        return "; ".join(
-            f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names
-        )
+        return listing_by_kind(kinds)
 
     def check(self, where: str) -> None:
         """Raise if the files do not fit.
@@ -322,8 +320,5 @@ def check_complete(given: Iterable[str], needed: Iterable[str], known: Iterable[
         "lacks": sorted(set(needed) - set(given)),
         "has, unknown to the model,": sorted(set(given) - set(known)),
     }
-    if any(kinds.values()):
-        found = "; ".join(
-            f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names
-        )
+    if found := listing_by_kind(kinds):
         raise ValueError(f"state_dict is not this model's: it {found}")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,8 +59,8 @@ class Reading(Protocol):
 Taker = Callable[[str, Reading, Header, torch.dtype], bool]
 
 
-class Source(Protocol):
-    """Tensors by their names in files.
+class Source:
+    """Tensors by their names in files. Leaving its context closes it.
 
     Attributes:
         where: the files, used in errors.
@@ -69,30 +69,31 @@ class Source(Protocol):
     """
 
     where: str
-    mapped: bool
+    mapped = False
 
     def headers(self) -> dict[str, Header]:
         """Every tensor's shape and dtype, in the best order for reading. No data is read."""
+        raise NotImplementedError
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, on the CPU."""
+        raise NotImplementedError
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor whose header names blocks: uint8 [rows, bytes of a row]."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release the files. Idempotent."""
 
-    def __enter__(self) -> "Source": ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *error: object) -> None: ...
-
-
-class BlockSource(Source, Protocol):
-    """A source some of whose headers name blocks."""
-
-    def read_blocks(self, name: str) -> torch.Tensor:
-        """The bytes of such a tensor: uint8 [rows, bytes of a row]."""
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-class SafetensorsSource:
+class SafetensorsSource(Source):
     """One safetensors file, or the shards of an index."""
 
     mapped = True
@@ -143,12 +144,6 @@ class SafetensorsSource:
     def close(self) -> None:
         """Release the mapped file. Idempotent."""
         self._open = None
-
-    def __enter__(self) -> "SafetensorsSource":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def open_safetensors(

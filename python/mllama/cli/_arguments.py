@@ -1,7 +1,9 @@
-"""Pieces of the commands' parsers. Imports argparse only."""
+"""Pieces of the commands' parsers. Imports argparse and the keys of `train`."""
 
 import argparse
 import math
+
+from mllama.train import keys
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,21 +64,27 @@ def some_text(text: str) -> str:
     return text
 
 
+def add_count(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    what: str,
+    default: int | None = None,
+    least: int = 1,
+) -> None:
+    """Add an option whose value is a whole number; `what` says of what, without the default."""
+    shown = what if default is None else f"{what} (default: {default})"
+    parser.add_argument(flag, type=number(int, least), default=default, metavar="N", help=shown)
+
+
 def number(kind: type, least: float, most: float = math.inf, above: bool = False):
     """A parser for int or float whose error names the range; `above` excludes `least` itself."""
-    upper = "" if most == math.inf else f" and at most {most}"
-    bounds = f"{'above' if above else 'of at least'} {least}{upper}"
+    accepted = keys.number(kind, least, most, above)
 
     def parse(text: str):
         try:
-            value = kind(text)
+            return accepted.check(text)
         except ValueError:
-            value = math.nan
-        if not least <= value <= most or value == math.inf or (above and value == least):
-            shown = f"{text[:40]!r}{' ...' * (len(text) > 40)}"
-            raise argparse.ArgumentTypeError(
-                f"must be a {'whole ' * (kind is int)}number {bounds}, got {shown}"
-            )
-        return value
+            what = f"must be {accepted.what}, got {keys.shown(text)}"
+            raise argparse.ArgumentTypeError(what) from None
 
     return parse

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mllama.cli._arguments import add_command, number, some_text
+from mllama.cli._arguments import add_command, add_count, some_text
 from mllama.cli._options import add_name, add_reference
 
 
@@ -40,17 +40,7 @@ def add_inspect_labels(commands) -> None:
     add_data(parser)
     add_name(parser)
     add_reference(parser, "as in training (default: meta)")
-    parser.add_argument(
-        "--row", type=number(int, 1), default=1, metavar="N", help="which row (default: 1)"
-    )
-    parser.add_argument(
-        "--rows",
-        type=number(int, 1),
-        default=100,
-        metavar="N",
-        help="rows of the summary, from the first (default: 100)",
-    )
-    parser.add_argument(
-        "--max-length", type=number(int, 2), metavar="N", help="cut rows to N tokens"
-    )
+    add_count(parser, "--row", "which row", default=1)
+    add_count(parser, "--rows", "rows of the summary, from the first", default=100)
+    add_count(parser, "--max-length", "cut rows to N tokens", least=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

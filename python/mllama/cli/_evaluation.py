@@ -1,6 +1,6 @@
 """The arguments of `plan` and `eval`. Imports argparse and the keys of `train`."""
 
-from mllama.cli._arguments import add_command, number, some_text
+from mllama.cli._arguments import add_command, add_count, some_text
 from mllama.cli._data_arguments import add_data
 from mllama.cli._options import add_model
 from mllama.cli._training import add_settings
@@ -21,9 +21,7 @@ def add_eval(commands) -> None:
         action="store_true",
         help="leave out rows that cannot be read, and name them; otherwise they are an error",
     )
-    parser.add_argument(
-        "--limit", type=number(int, 1), metavar="N", help="evaluate the first N rows"
-    )
+    add_count(parser, "--limit", "evaluate the first N rows")
     add_model(parser)
     parser.add_argument(
         "--metrics",
@@ -34,23 +32,9 @@ def add_eval(commands) -> None:
         help=f"any of {', '.join(METRICS)} (default: {' '.join(DEFAULT_METRICS)}); the page of "
         "worst rows is sorted by the first",
     )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=number(int, 1),
-        default=64,
-        metavar="N",
-        help="maximum length of an answer in tokens (default: 64)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=number(int, 1),
-        default=8,
-        metavar="N",
-        help="rows that are answered together (default: 8)",
-    )
-    parser.add_argument(
-        "--max-length", type=number(int, 2), metavar="N", help="cut rows to N tokens for perplexity"
-    )
+    add_count(parser, "--max-new-tokens", "maximum length of an answer in tokens", default=64)
+    add_count(parser, "--batch-size", "rows that are answered together", default=8)
+    add_count(parser, "--max-length", "cut rows to N tokens for perplexity", least=2)
     parser.add_argument(
         "--output", type=some_text, metavar="FOLDER", help="write report.json and worst.html there"
     )
@@ -73,12 +57,8 @@ def add_plan(commands) -> None:
         type=some_text,
         help="the memory that there is, such as 8GB (default: what is free on the device)",
     )
-    parser.add_argument(
-        "--length",
-        metavar="N",
-        type=number(int, 2),
-        help="tokens of every row (default: those of the longest of the first 100 rows)",
-    )
+    length = "tokens of every row (default: those of the longest of the first 100 rows)"
+    add_count(parser, "--length", length, least=2)
     parser.add_argument(
         "--switches", action="store_true", help="try other settings where the run fits, too"
     )

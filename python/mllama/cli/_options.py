@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from mllama.cli._arguments import add_drafts, add_placed, number, some_text
+from mllama.cli._arguments import add_count, add_drafts, add_placed, number, some_text
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHES = ("int8", "bf16", "f16", "f32")  # nn.kv_cache's CACHE_DTYPES
@@ -83,12 +83,12 @@ def add_device(parser: argparse.ArgumentParser):
         "file's own types, such as GGUF's blocks; auto (default): the same, float32 in --dtype, "
         "where no adapter or other device forbids it; none: as tensors",
     )
-    parser.add_argument(
+    add_count(
+        parser,
         "--gpu-layers",
-        type=number(int, 0),
-        metavar="N",
-        help="for a model that does not fit the GPU: keep the weights of the decoder's first N "
+        "for a model that does not fit the GPU: keep the weights of the decoder's first N "
         "layers there, the others' in the host's memory, from where every pass copies them",
+        least=0,
     )
     parser.add_argument(
         "--kv-cache",
@@ -132,12 +132,7 @@ def add_answering(parser: argparse.ArgumentParser, json: str) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens",
-        type=number(int, 1),
-        metavar="N",
-        help="maximum length of the answer in tokens (default: 128)",
-    )
+    add_count(parser, "--max-new-tokens", "maximum length of the answer in tokens (default: 128)")
     parser.add_argument(
         "--temperature",
         type=number(float, 0),

@@ -3,7 +3,7 @@
 import argparse
 
 from mllama import __version__
-from mllama.cli._arguments import Parser, add_command, add_placed, number, some_text
+from mllama.cli._arguments import Parser, add_command, add_count, add_placed, number, some_text
 from mllama.cli._data_arguments import add_inspect_labels
 from mllama.cli._evaluation import add_eval, add_plan
 from mllama.cli._lora_arguments import add_lora
@@ -228,21 +228,11 @@ def _add_inspect(commands) -> None:
     )
     add_folder(parser)
     add_adapter(parser, "what it adapts and adds; exit code 1 if it does not fit")
-    parser.add_argument(
-        "--context",
-        type=number(int, 1),
-        metavar="N",
-        help="tokens per row (default: 4096, or the model's maximum)",
-    )
-    parser.add_argument(
-        "--batch", type=number(int, 1), default=1, metavar="N", help="rows (default: 1)"
-    )
-    parser.add_argument(
-        "--tiles",
-        type=number(int, 0),
-        metavar="N",
-        help="tiles of a row's images, or images if the model has no tiles (default: one image)",
-    )
+    context = "tokens per row (default: 4096, or the model's maximum)"
+    add_count(parser, "--context", context)
+    add_count(parser, "--batch", "rows", default=1)
+    tiles = "tiles of a row's images, or images if the model has no tiles (default: one image)"
+    add_count(parser, "--tiles", tiles, least=0)
     parser.add_argument(
         "--dtype",
         default="auto",

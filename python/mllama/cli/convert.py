@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.files import check_free, write_folder
+from mllama.checkpoints.files import check_free
 from mllama.checkpoints.hub import find_folder
 from mllama.cli._options import DTYPES
 from mllama.cli._parser import GGUF_DTYPES
@@ -15,10 +15,9 @@ from mllama.families import written_as
 from mllama.hf.checkpoints import load_opened
 from mllama.hf.models import model_class
 from mllama.hf.names import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from mllama.hf.processors.auto import load_processor
+from mllama.hf.processors.auto import load_processor, processor_to_write, write_both
 from mllama.lora.loading import load_lora
 from mllama.lora.state import merge_and_unload
-from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (
     "LLaVA needs a vision encoder whose features are read before its final norm and all merged "
@@ -49,33 +48,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.adapter is not None:
         load_lora(model, arguments.adapter)
         model = merge_and_unload(model)
-    processor = _processor(source, required=to_gguf)
+    processor = load_processor(source) if to_gguf else processor_to_write(source)
     if to_gguf:
         _write_gguf(model, processor, target, dtype)
         print(f"{target}: the decoder of a {kind} in {dtype}")
     else:
-        _write_folder(model, processor, target)
+        write_both(target, model, processor)
         print(f"{target}: a {kind} in {dtype_name(model.dtype)}")
-
-
-def _processor(source: Path, required: bool):
-    """The model's processor; None, with a message, if the source has none."""
-    try:
-        return load_processor(source)
-    except FileNotFoundError as error:
-        if required:
-            raise
-        print(f"mllama: no tokenizer or processor is written: {error}", file=sys.stderr)
-        return None
-
-
-def _write_folder(model: PreTrainedModel, processor, target: Path) -> None:
-    def write(aside: Path) -> None:
-        model.save_pretrained(aside)
-        if processor is not None:
-            processor.save_pretrained(aside)
-
-    write_folder(target, write, () if processor is None else PROCESSOR_FILES)
 
 
 def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> None:

@@ -2,22 +2,20 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.files import check_free, write_folder
+from mllama.checkpoints.files import check_free
 from mllama.device import dtype_name
 from mllama.hf.checkpoints import load_opened
 from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
-from mllama.hf.processors.auto import load_processor
+from mllama.hf.processors.auto import processor_to_write, write_both
 from mllama.lora.files import convert_adapter, describe_adapter, misfit
 from mllama.lora.loading import load_lora
 from mllama.lora.state import merge_and_unload
-from mllama.processing.folders import PROCESSOR_FILES
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,15 +46,10 @@ def merge(
                 "were packed from"
             )
         merged, _ = load_opened(model_class(opened.spec), opened, dtype)
-    parts: list[Any] = [merged]
-    try:
-        parts.append(load_processor(source))
-    except FileNotFoundError as error:
-        print(f"mllama: no tokenizer or processor is written: {error}", file=sys.stderr)
+    processor = processor_to_write(source)
     load_lora(merged, adapter)
     merge_and_unload(merged)
-    replaced = PROCESSOR_FILES if len(parts) > 1 else ()
-    write_folder(target, lambda aside: [part.save_pretrained(aside) for part in parts], replaced)
+    write_both(target, merged, processor)
     return merged
 
 

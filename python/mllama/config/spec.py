@@ -118,6 +118,11 @@ class TextSpec(_Spec):
         return tuple(i for i, layer in enumerate(self.layers) if layer.attention == "cross")
 
 
+def count_patches(vision: Any) -> int:
+    """Patches of a square image, or of a tile, of the sizes of an encoder's spec or config."""
+    return (vision.image_size // vision.patch_size) ** 2
+
+
 @dataclass(frozen=True)
 class VisionSpec(_Spec):
     """A SigLIP or CLIP encoder.

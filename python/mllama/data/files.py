@@ -7,9 +7,9 @@ workers of a data loader.
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,25 +23,31 @@ _BLOCK = 2**24  # bytes
 BOM = b"\xef\xbb\xbf"
 
 
-class Rows(Protocol):
+class Rows:
     """Rows of a source.
 
     Attributes:
+        name: of the source, in errors.
         unread: names of columns that have no meaning here.
     """
 
+    name: str
     unread: list[str]
+    _rows: Sequence[Any]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def where(self, index: int) -> str:
         """The source and the row's number, counted from 1."""
+        return f"{self.name}, row {index + 1}"
 
     def row(self, index: int) -> Any:
         """The row's fields. Raises ValueError if it cannot be read."""
+        return self._rows[index]
 
 
-class JsonLines:
+class JsonLines(Rows):
     """One JSON object per line. Opening the file reads it once, to find the lines; empty lines are
     no rows, but are counted in the rows' numbers.
 
@@ -54,23 +60,21 @@ class JsonLines:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self.name = path, path.name
         self._state = _state(os.stat(path))
         starts, ends = _lines(path)
         filled = np.flatnonzero(~_blank(path, starts, ends))
         if not len(filled):
             raise ValueError(f"{path} has no rows")
-        self._numbers, self._starts, self._ends = filled + 1, starts[filled], ends[filled]
+        self._filled, self._rows = filled, np.stack([starts[filled], ends[filled]], 1)
         self.unread = _unread(self)
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
     def where(self, index: int) -> str:
-        return f"{self._path.name}, row {self._numbers[index]}"
+        return super().where(self._filled[index])
 
     def row(self, index: int) -> Any:
-        start, size = int(self._starts[index]), int(self._ends[index] - self._starts[index])
+        start, end = self._rows[index].tolist()
+        size = end - start
         if size > MAX_ROW_BYTES:
             raise ValueError(f"the row has {size} bytes, more than {MAX_ROW_BYTES}")
         with open(self._path, "rb") as file:
@@ -80,11 +84,11 @@ class JsonLines:
             return parse_json(file.read(size))
 
 
-class JsonArray:
+class JsonArray(Rows):
     """A file with one JSON array of objects, as LLaVA's own data has. It is read at once."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.name = path.name
         try:
             self._rows = parse_json(path.read_bytes().removeprefix(BOM))
         except ValueError as error:
@@ -93,17 +97,8 @@ class JsonArray:
             raise ValueError(f"{path} must hold a list of rows, and at least one")
         self.unread = _unread(self)
 
-    def __len__(self) -> int:
-        return len(self._rows)
 
-    def where(self, index: int) -> str:
-        return f"{self._path.name}, row {index + 1}"
-
-    def row(self, index: int) -> Any:
-        return self._rows[index]
-
-
-class CsvRows:
+class CsvRows(Rows):
     """A CSV file with a header that names at least `answer`, and may name `question` and
     `image`. Texts are read at once.
 
@@ -114,7 +109,7 @@ class CsvRows:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self.name = path.name
         # Bytes that are not UTF-8 become surrogates, which are rejected with their row.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -130,12 +125,6 @@ class CsvRows:
         if not self._rows:
             raise ValueError(f"{path} has no rows below its header")
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def where(self, index: int) -> str:
-        return f"{self._path.name}, row {index + 1}"
-
     def row(self, index: int) -> Any:
         cells = self._rows[index]
         if isinstance(cells, str):
@@ -143,7 +132,7 @@ class CsvRows:
         return dict(zip(self._names, cells, strict=True))
 
 
-class ClassFolders:
+class ClassFolders(Rows):
     """A folder of folders of images; a folder's name is the answer for its images.
 
     Args:
@@ -154,24 +143,21 @@ class ClassFolders:
     """
 
     def __init__(self, path: Path):
-        self._path, self.unread = path, list[str]()
+        self.name, self.unread = path.name, []
         found = [
             os.path.join(entry.name, inner.name) if inner else entry.name
             for entry in _entries(path)
             for inner in (_entries(entry.path) if entry.is_dir() else [None])
         ]
-        self._files = sorted(found)
-        if not self._files:
+        self._rows = sorted(found)
+        if not self._rows:
             raise ValueError(f"{path} has no folders with images")
 
-    def __len__(self) -> int:
-        return len(self._files)
-
     def where(self, index: int) -> str:
-        return f"{self._path.name}, row {index + 1} ({shorten(self._files[index])})"
+        return f"{super().where(index)} ({shorten(self._rows[index])})"
 
     def row(self, index: int) -> Any:
-        name = Path(self._files[index])
+        name = Path(self._rows[index])
         if len(name.parts) != 2:
             raise ValueError("an image must lie in a folder of its class")
         if name.suffix.lower() not in _suffixes():

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mllama.data.files import Rows
 from mllama.data.rows import COLUMNS, READ
 
 _SAVED = ("dataset_dict.json", "state.json")
@@ -13,7 +14,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SAVED)
 
 
-class HubRows:
+class HubRows(Rows):
     """Rows of a data set, as they are stored: images stay encoded.
 
     Args:
@@ -27,26 +28,20 @@ class HubRows:
     """
 
     def __init__(self, source: str | Path, split: str | None):
-        self._name = source.name if isinstance(source, Path) else source
-        data = _one_split(_open(source, split), split, self._name)
+        self.name = source.name if isinstance(source, Path) else source
+        data = _one_split(_open(source, split), split, self.name)
         columns = [name for name in data.column_names if name in COLUMNS]
         self.unread = [name for name in data.column_names if name not in COLUMNS]
         if not set(columns) & set(READ):
             found = ", ".join(data.column_names)
-            raise ValueError(f"{self._name} needs columns of {', '.join(READ)}, got {found}")
+            raise ValueError(f"{self.name} needs columns of {', '.join(READ)}, got {found}")
         # Arrow's own values: the library would decode images by its own rules.
-        self._data = data.select_columns(columns).with_format("arrow")
-        if not len(self._data):
-            raise ValueError(f"{self._name} has no rows")
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def where(self, index: int) -> str:
-        return f"{self._name}, row {index + 1}"
+        self._rows = data.select_columns(columns).with_format("arrow")
+        if not len(self._rows):
+            raise ValueError(f"{self.name} has no rows")
 
     def row(self, index: int) -> Any:
-        return self._data[index].to_pylist()[0]
+        return self._rows[index].to_pylist()[0]
 
 
 def _open(source: str | Path, split: str | None) -> Any:

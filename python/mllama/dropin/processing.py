@@ -14,12 +14,11 @@ from PIL import Image
 import mllama
 from mllama.hf.names import BatchFeature
 from mllama.hf.processors.tokenizers import fast_tokenizer
+from mllama.processing import square
 from mllama.processing.image import load_image
 from mllama.processing.prompt import lay_out
-from mllama.processing.square import read_size
 
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+CLIP_MEAN, CLIP_STD = list(square.CLIP_MEAN), list(square.CLIP_STD)
 HALVES = [0.5, 0.5, 0.5]
 _OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
 
@@ -32,7 +31,7 @@ def resize(
     Raises:
         TypeError, FileNotFoundError: no image. ValueError: a size or filter that cannot be.
     """
-    edges = read_size("size", size)
+    edges = square.read_size("size", size)
     if edges.keys() != {"height", "width"}:
         raise ValueError(f"size must be (height, width), got {size!r}")
     resample = Image.Resampling.BICUBIC if resample is None else resample

@@ -5,7 +5,7 @@ before them.
 import torch
 from torch import nn
 
-from mllama.config.spec import VisionSpec
+from mllama.config.spec import VisionSpec, count_patches
 from mllama.encoders.siglip import PatchEmbedding, SiglipImageEncoder, interpolate_positions
 from mllama.nn.norm import LayerNorm
 
@@ -15,15 +15,9 @@ class ClipEmbeddings(nn.Module):
 
     def __init__(self, config: VisionSpec):
         super().__init__()
-        self.positions = (config.image_size // config.patch_size) ** 2 + 1
+        self.positions = count_patches(config) + 1
         self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
-        self.patch_embedding = PatchEmbedding(
-            config.num_channels,
-            config.hidden_size,
-            config.patch_size,
-            config.patch_size,
-            bias=False,
-        )
+        self.patch_embedding = PatchEmbedding.of(config, bias=False)
         self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

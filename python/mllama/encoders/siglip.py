@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from mllama.config.features import FeatureChoice
-from mllama.config.spec import ModelSpec, VisionSpec
+from mllama.config.spec import ModelSpec, TiledVisionSpec, VisionSpec, count_patches
 from mllama.encoders.output import EncoderOutput
 from mllama.nn.attention import BidirectionalAttention
 from mllama.nn.checkpointing import CheckpointedLayer
+from mllama.nn.checks import check_floating
 from mllama.nn.mlp import MLP
 from mllama.nn.norm import LayerNorm
 from mllama.ops.patch_embed import patch_embed
@@ -18,6 +19,12 @@ from mllama.ops.patch_embed import patch_embed
 
 class PatchEmbedding(nn.Conv2d):
     """A convolution whose stride is its kernel size, computed as a matrix product per patch."""
+
+    @classmethod
+    def of(cls, config: VisionSpec | TiledVisionSpec, bias: bool = True) -> "PatchEmbedding":
+        """Build an encoder's. The class itself is called as a convolution's, as PEFT needs it."""
+        patch = config.patch_size
+        return cls(config.num_channels, config.hidden_size, patch, patch, bias=bias)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, E, H // p, W // p], a convolution's layout, as PEFT needs it. Rows
@@ -45,10 +52,8 @@ class SiglipEmbeddings(nn.Module):
 
     def __init__(self, config: VisionSpec):
         super().__init__()
-        self.positions = (config.image_size // config.patch_size) ** 2
-        self.patch_embedding = PatchEmbedding(
-            config.num_channels, config.hidden_size, config.patch_size, config.patch_size
-        )
+        self.positions = count_patches(config)
+        self.patch_embedding = PatchEmbedding.of(config)
         self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -66,13 +71,7 @@ def check_pixels(pixel_values: torch.Tensor, config: VisionSpec, any_size: bool 
         ValueError: pixel_values is not [images, channels, image_size, image_size], or with
             `any_size` a side is smaller than a patch.
     """
-    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
-        kind = (
-            pixel_values.dtype
-            if isinstance(pixel_values, torch.Tensor)
-            else type(pixel_values).__name__
-        )
-        raise TypeError(f"pixel_values must be a floating torch.Tensor, got {kind}")
+    check_floating("pixel_values", pixel_values)
     wanted = (config.num_channels, config.image_size, config.image_size)
     if any_size and pixel_values.dim() == 4 and min(pixel_values.shape[2:]) >= config.patch_size:
         wanted = (config.num_channels, *pixel_values.shape[2:])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mllama.config.spec import TiledVisionSpec
+from mllama.config.spec import TiledVisionSpec, count_patches
 from mllama.nn.adapted import linears
 from mllama.nn.attention import split_heads
 from mllama.nn.checkpointing import CheckpointedLayer
@@ -41,7 +41,7 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, config: TiledVisionSpec):
         super().__init__()
-        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        tokens = count_patches(config) + 1
         self.embedding = nn.Parameter(
             torch.randn(tokens, config.hidden_size) * config.hidden_size**-0.5
         )

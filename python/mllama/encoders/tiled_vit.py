@@ -11,10 +11,11 @@ from torch import nn
 
 from mllama.config.checks import check_reference
 from mllama.config.features import FeatureChoice
-from mllama.config.spec import ModelSpec, TiledVisionSpec
+from mllama.config.spec import ModelSpec, TiledVisionSpec, count_patches
 from mllama.encoders.output import EncoderOutput
 from mllama.encoders.siglip import PatchEmbedding
 from mllama.encoders.tiled_layers import PositionEmbedding, TiledEncoder, TileEmbedding
+from mllama.nn.checks import check_floating, check_integers
 from mllama.nn.norm import LayerNorm
 
 # The tokens of a tile are padded to a multiple of this; padding takes part in the attention.
@@ -34,17 +35,11 @@ class TiledImageEncoder(nn.Module):
     def __init__(self, config: TiledVisionSpec):
         super().__init__()
         self.config = config
-        self.tokens_per_tile = (config.image_size // config.patch_size) ** 2 + 1
+        self.tokens_per_tile = count_patches(config) + 1
         self.class_embedding = nn.Parameter(
             torch.randn(config.hidden_size) * config.hidden_size**-0.5
         )
-        self.patch_embedding = PatchEmbedding(
-            config.num_channels,
-            config.hidden_size,
-            config.patch_size,
-            config.patch_size,
-            bias=False,
-        )
+        self.patch_embedding = PatchEmbedding.of(config, bias=False)
         self.gated_positional_embedding = PositionEmbedding(config)
         self.pre_tile_positional_embedding = TileEmbedding(config)
         self.post_tile_positional_embedding = TileEmbedding(config)
@@ -145,29 +140,22 @@ class TiledImageEncoder(nn.Module):
     ) -> None:
         """Raise what `forward` would raise for these inputs, before computing anything."""
         config, ids = self.config, aspect_ratio_ids
-        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
-            raise TypeError(
-                f"pixel_values must be a floating torch.Tensor, got {_kind(pixel_values)}"
-            )
+        check_floating("pixel_values", pixel_values)
         wanted = [config.max_num_tiles, config.num_channels, config.image_size, config.image_size]
         if pixel_values.dim() != 6 or list(pixel_values.shape[2:]) != wanted:
             raise ValueError(
                 f"pixel_values must be [batch, images, {', '.join(map(str, wanted))}], "
                 f"got {list(pixel_values.shape)}"
             )
-        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(
-                f"aspect_ratio_ids must be an int64 or int32 torch.Tensor, got {_kind(ids)}"
-            )
+        check_integers("aspect_ratio_ids", ids)
         if ids.shape != pixel_values.shape[:2]:
             raise ValueError(
                 f"aspect_ratio_ids must be {list(pixel_values.shape[:2])}, one per image, "
                 f"got {list(ids.shape)}"
             )
         if aspect_ratio_mask is not None and not isinstance(aspect_ratio_mask, torch.Tensor):
-            raise TypeError(
-                f"aspect_ratio_mask must be a torch.Tensor or None, got {_kind(aspect_ratio_mask)}"
-            )
+            kind = type(aspect_ratio_mask).__name__
+            raise TypeError(f"aspect_ratio_mask must be a torch.Tensor or None, got {kind}")
         wanted = [*ids.shape, config.max_num_tiles]
         if aspect_ratio_mask is not None and list(aspect_ratio_mask.shape) != wanted:
             raise ValueError(
@@ -288,7 +276,3 @@ def group_images(
     kinds, kind = host[shown].unique(dim=0, return_inverse=True)
     groups = ((shown[kind == number], used) for number, used in enumerate(kinds))
     return [(chosen.to(ids.device), used) for chosen, used in groups]
-
-
-def _kind(value) -> str:
-    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__

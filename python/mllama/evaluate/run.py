@@ -10,8 +10,8 @@ from mllama.data.rows import Example
 from mllama.evaluate.answers import Answer, answer_rows
 from mllama.evaluate.metrics import METRICS, Scores, score
 from mllama.evaluate.perplexity import perplexity
+from mllama.nn.checks import check_count
 from mllama.processing.messages import as_text
-from mllama.runtime.checks import check_count
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.session import Session
 

@@ -18,7 +18,7 @@ from mllama.weights.family import Config, Family
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (*(gemma, gemma2, gemma3, llama, llava, mllama, paligemma, siglip, siglip_llama),)
+    for module in (gemma, gemma2, gemma3, llama, llava, mllama, paligemma, siglip, siglip_llama)
 }
 """By `model_type`."""
 MODEL_TYPES: dict[str, Family] = FAMILIES | {

@@ -3,7 +3,7 @@
 from mllama.config.checks import ACTIVATIONS, check_choice, check_flag, check_size
 from mllama.config.files import to_older
 from mllama.config.parts import select_features, text_spec, vision_spec
-from mllama.config.spec import ModelSpec
+from mllama.config.spec import ModelSpec, count_patches
 from mllama.families import llama, siglip
 from mllama.weights.family import Config, Family
 from mllama.weights.rows import Drop, Rename
@@ -108,7 +108,7 @@ def _read(config: Config) -> ModelSpec:
     )
     check_choice("config", "projector_hidden_act", config["projector_hidden_act"], ACTIVATIONS)
     check_flag("config", "multimodal_projector_bias", config["multimodal_projector_bias"])
-    tokens = (vision.image_size // vision.patch_size) ** 2 + is_clip - skip
+    tokens = count_patches(vision) + is_clip - skip
     if tokens < 1:
         raise ValueError(
             "vision_feature_select_strategy 'default' drops the only feature of an encoder"

@@ -1,7 +1,7 @@
 """PaliGemma 1 and 2: a SigLIP, a linear projector and a Gemma or Gemma 2, with LLaVA's names."""
 
 from mllama.config.parts import vision_spec
-from mllama.config.spec import ModelSpec
+from mllama.config.spec import ModelSpec, count_patches
 from mllama.families import gemma, gemma2, llava, siglip
 from mllama.weights.family import Config, Family
 
@@ -55,7 +55,7 @@ def _read(config: Config) -> ModelSpec:
         projector="linear",
         projector_sizes=(vision.hidden_size, 0, text.hidden_size),
         fusion="merge",
-        tokens_per_image=(vision.image_size // vision.patch_size) ** 2,
+        tokens_per_image=count_patches(vision),
         bidirectional_prefix=True,
         image_token_index=llava.check_image_token(config),
     )

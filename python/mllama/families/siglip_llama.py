@@ -18,7 +18,7 @@ from mllama.config.checks import (
     check_size,
 )
 from mllama.config.parts import check_cross_layers, text_spec, vision_spec
-from mllama.config.spec import ModelSpec, TextSpec
+from mllama.config.spec import ModelSpec, TextSpec, count_patches
 from mllama.families import llama, llava, siglip
 from mllama.weights.family import Config, Family
 from mllama.weights.rows import Rename
@@ -93,7 +93,7 @@ def check_text(config: Config) -> TextSpec:
 def _settle(config: Config) -> Config:
     """Fill in fields that follow from the fusion and the parts' sizes."""
     vision, text = vision_spec(config["vision_config"]), check_text(config["text_config"])
-    patches, layers = (vision.image_size // vision.patch_size) ** 2, text.num_hidden_layers
+    patches, layers = count_patches(vision), text.num_hidden_layers
     fusion = config["fusion"]
     check_choice("config", "fusion", fusion, FUSIONS)
     for name, wanted in _OF_FUSION.items():
@@ -154,7 +154,7 @@ def _check_joining(config: Config, text: TextSpec, patches: int) -> None:
 
 def _read(config: Config) -> ModelSpec:
     vision, text = vision_spec(config["vision_config"]), check_text(config["text_config"])
-    _check_joining(config, text, (vision.image_size // vision.patch_size) ** 2)
+    _check_joining(config, text, count_patches(vision))
     pre_norm = config["vision_feature"] == "pre_norm"
     return ModelSpec(
         text=_with_cross_layers(text, config["cross_attention_every"]),

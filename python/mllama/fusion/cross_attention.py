@@ -16,6 +16,7 @@ from mllama.nn.adapted import linears
 from mllama.nn.attention import split_heads
 from mllama.nn.cache import Cache
 from mllama.nn.checkpointing import CheckpointedLayer
+from mllama.nn.checks import check_floating
 from mllama.nn.gate import gated_add
 from mllama.nn.mlp import GatedMLP
 from mllama.nn.norm import RMSNorm
@@ -25,6 +26,7 @@ from mllama.ops.attention import attention, attention_weights
 class CrossAttention(nn.Module):
     """Grouped-query attention of text over images, with normalized heads of q and k and without
     positions.
+
     Args:
         config: the decoder's spec.
         layer_idx: index of this layer in the cache.
@@ -284,9 +286,7 @@ def _check_mask_of_packed(mask: torch.Tensor | None, length: int) -> None:
 def _check_tile_features(
     features: torch.Tensor, rows: int, tokens_per_tile: int, size: int
 ) -> None:
-    if not isinstance(features, torch.Tensor) or not features.is_floating_point():
-        kind = getattr(features, "dtype", type(features).__name__)
-        raise TypeError(f"image_features must be a floating torch.Tensor, got {kind}")
+    check_floating("image_features", features)
     shape = features.shape
     if len(shape) != 3 or shape[0] != rows or shape[1] % tokens_per_tile or shape[2] != size:
         raise ValueError(

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mllama.config.spec import ModelSpec
+from mllama.config.spec import ModelSpec, count_patches
 from mllama.nn.activation import activated
 
 
@@ -72,5 +72,5 @@ def make_pooling(spec: ModelSpec) -> nn.Module:
     """Build the pooling of a model's features."""
     if spec.pooling == "average":
         return AveragePooling(spec.tokens_per_image)
-    patches = (spec.vision.image_size // spec.vision.patch_size) ** 2
+    patches = count_patches(spec.vision)
     return LearnedPooling(patches, spec.tokens_per_image)

@@ -2,7 +2,6 @@
 transformers models, and for options that a session does not support.
 """
 
-import difflib
 import functools
 import inspect
 import numbers
@@ -20,9 +19,11 @@ from transformers import (
     TextStreamer,
 )
 
+from mllama.hf.arguments import nearest
 from mllama.hf.encoded_images import encode_once
 from mllama.lora.named import lora_active
-from mllama.runtime.checks import check_count, check_room
+from mllama.nn.checks import check_count
+from mllama.runtime.checks import check_room
 from mllama.runtime.completion import Completion, Generation
 from mllama.runtime.progress import DECODE, PROMPT, Progress, Stages, check_progress
 from mllama.runtime.questions import tokenizer_of
@@ -194,11 +195,7 @@ def check_known(options: Mapping[str, Any]) -> None:
     known |= _generate_arguments()
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise TypeError(
-                f"generate has no option {name!r}"
-                f"{''.join(f': did you mean {other}?' for other in near)}"
-            )
+            raise TypeError(f"generate has no option {name!r}{nearest(name, known)}")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from mllama.fusion.base import ModelInputs
 from mllama.hf.cache import TransformersCache, check_cache
+from mllama.nn.checks import check_floating
 from mllama.text.checks import check_mask, split_mask
 from mllama.text.packing import find_sequences, go_back
 
@@ -151,12 +152,7 @@ def by_rows(cross_attention_states: torch.Tensor, rows: int) -> torch.Tensor:
         TypeError: not a floating tensor.
         ValueError: the features cannot be divided among the rows.
     """
-    if (
-        not isinstance(cross_attention_states, torch.Tensor)
-        or not cross_attention_states.is_floating_point()
-    ):
-        kind = getattr(cross_attention_states, "dtype", type(cross_attention_states).__name__)
-        raise TypeError(f"cross_attention_states must be a floating torch.Tensor, got {kind}")
+    check_floating("cross_attention_states", cross_attention_states)
     shape = cross_attention_states.shape
     if not shape or cross_attention_states[..., 0].numel() % rows:
         raise ValueError(

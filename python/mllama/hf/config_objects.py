@@ -1,6 +1,5 @@
 """Configs as dicts <-> transformers' config objects."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from mllama import families
 from mllama.config.spec import ModelSpec
 from mllama.hf import configs as _ours  # noqa: F401  # registers our config class
+from mllama.hf.arguments import nearest
 from mllama.hf.config_checks import check_common, check_names, construct
 from mllama.weights.family import Config
 
@@ -79,11 +79,9 @@ def set_fields(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
     known = sorted(name for name in known if not name.startswith("_"))
     for name, value in given.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(
                 f"from_pretrained got an unknown option {name!r}, which is not a field of "
-                f"{kind.__name__} either{hint}"
+                f"{kind.__name__} either{nearest(name, known)}"
             )
         part = getattr(config, name)
         if isinstance(part, PretrainedConfig) and isinstance(value, dict):

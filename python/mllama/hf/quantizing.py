@@ -3,7 +3,6 @@ in accuracy.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mllama.checkpoints.opened import Opened
 from mllama.device import dtype_name
 from mllama.hf.checkpoints import load_model, load_opened
 from mllama.hf.models import model_class, survey_opened
-from mllama.hf.processors.auto import load_processor
+from mllama.hf.processors.auto import processor_to_write
 from mllama.hf.weight_types import count_bytes
 from mllama.lora.loading import load_lora
 from mllama.lora.state import merge_and_unload
@@ -90,7 +89,7 @@ def quantize(
         raise ValueError(f"OUT must be another folder than IN, got {target} for both")
     check_free(target, force)
     with (opened := _open(path)).source:
-        processor = _processor(path)
+        processor = processor_to_write(path)
         kind: Any = model_class(opened.spec)
         longest = opened.spec.text.max_position_embeddings if opened.spec.text else 0
         ids = _token_ids(processor, text, longest) if report else None
@@ -136,15 +135,6 @@ def _open(path: Path) -> Opened:
             "were packed from"
         )
     return opened
-
-
-def _processor(path: Path) -> Any:
-    """The model's processor; None, with a message, if the source has none."""
-    try:
-        return load_processor(path)
-    except FileNotFoundError as error:
-        print(f"mllama: no tokenizer or processor is written: {error}", file=sys.stderr)
-        return None
 
 
 def _token_ids(processor: Any, text: str | os.PathLike | None, longest: int) -> torch.Tensor | None:

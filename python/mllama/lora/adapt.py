@@ -10,8 +10,10 @@ from torch import nn
 
 from mllama.checkpoints.files import listing
 from mllama.lora.adapter import DEFAULT, Options, check_adapter, check_name, parts_of
+from mllama.lora.adapters import plain_layers
 from mllama.lora.convert import adaptable_layers, put_adapters, tied_layers
-from mllama.lora.layer import Linear_LORA, lora_layers
+from mllama.lora.layer import Linear_LORA
+from mllama.lora.named import lora_names
 from mllama.lora.scopes import find_targets, ranked
 from mllama.nn.wrappers import is_sharded, plain_name
 
@@ -115,7 +117,7 @@ def adapt(
     for option, value in (("rslora", rslora), ("dora", dora)):
         if not isinstance(value, bool):
             raise TypeError(f"{option} must be a bool, got {type(value).__name__}")
-    if any(name in layer.adapters() for layer in lora_layers(model).values()):
+    if name in lora_names(model):
         raise ValueError(f"name: the model has an adapter {name!r} already")
     if is_sharded(model):
         raise ValueError("this model is sharded: adapt it before sharding")
@@ -144,11 +146,7 @@ def adapt(
 
 def describe(model: nn.Module, name: str, trained_modules: tuple[str, ...] = ()) -> Adapted:
     """What an adapter of a model consists of."""
-    layers = {
-        plain_name(model, each): layer
-        for each, layer in lora_layers(model).items()
-        if name in layer.adapters()
-    }
+    layers = plain_layers(model, name)
     adapters = {each: layer.adapters()[name] for each, layer in layers.items()}
     return Adapted(
         name,
@@ -172,7 +170,7 @@ def _find_modules(
     texts = [wanted] if isinstance(wanted, str) else list(wanted)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"trained_modules must be str, got {texts!r}")
-    layers = {*adapted, *(plain_name(model, name) for name in lora_layers(model))}
+    layers = {*adapted, *plain_layers(model)}
     named = {plain_name(model, name): module for name, module in model.named_modules() if name}
     chosen: dict[str, nn.Module] = {}
     for text in texts:

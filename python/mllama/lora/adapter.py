@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mllama.nn.checks import check_count
 from mllama.nn.packed import PackedLinear
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -140,7 +141,7 @@ def row_norms(weight: torch.Tensor) -> torch.Tensor:
 
 def check_adapter(rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Raise TypeError or ValueError for an invalid rank, alpha or dropout."""
-    check_size("rank", rank)
+    check_count("rank", rank)
     for name, value in (("alpha", alpha), ("dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -148,14 +149,6 @@ def check_adapter(rank: int, alpha: float, dropout: float = 0.0) -> None:
         raise ValueError(f"alpha must be above 0 and finite in float32, got {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-
-
-def check_size(name: str, value: int) -> None:
-    """Raise TypeError or ValueError unless it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_name(name: str) -> None:

@@ -12,13 +12,13 @@ from mllama.lora.adapter import (
     Magnitude,
     check_adapter,
     check_name,
-    check_size,
     dense_weight,
     matrix_of,
     name_adapters,
     row_norms,
 )
 from mllama.nn.adapted import AdaptedLinear, LowRank
+from mllama.nn.checks import check_count
 from mllama.nn.packed import PackedLinear
 from mllama.nn.plain import is_plain
 from mllama.ops._dispatch import FLOAT_DTYPES
@@ -77,8 +77,8 @@ class Linear_LORA(AdaptedLinear):
         self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False
     ):
         check_adapter(rank, alpha, dropout)
-        check_size("in_dim", in_dim)
-        check_size("out_dim", out_dim)
+        check_count("in_dim", in_dim)
+        check_count("out_dim", out_dim)
         super().__init__()
         self._adapt(nn.Linear(in_dim, out_dim, bias=bias), DEFAULT, rank, alpha, dropout)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mllama.checkpoints.files import listing
+from mllama.checkpoints.files import listing, listing_by_kind
 from mllama.lora.adapter import DEFAULT, Adapter, Options, check_name, parts_of
 from mllama.lora.adapters import (
     Adapters,
@@ -19,6 +19,7 @@ from mllama.lora.adapters import (
 )
 from mllama.lora.convert import adaptable_layers, put_adapters, use_adapter
 from mllama.lora.layer import Linear_LORA, active_name
+from mllama.lora.named import lora_names
 from mllama.lora.reading import Paths, read_adapters
 from mllama.nn.adapted import note_change
 from mllama.nn.wrappers import gathered, is_sharded, plain_name, put, whole
@@ -192,10 +193,7 @@ def _check_fit(path: Path, found: Adapters, shapes: _Shapes) -> None:
         for name, tensor in tensors.items()
         if tensor.dtype in _DTYPES and not torch.isfinite(tensor.float()).all()
     ]
-    message = "; ".join(
-        f"{what} ({len(names)}): {listing(names)}" for what, names in problems.items() if names
-    )
-    if message:
+    if message := listing_by_kind(problems):
         raise ValueError(f"the adapters in {path} do not fit: {message}")
 
 
@@ -222,9 +220,7 @@ def _check_tied(model: nn.Module, path: Path, found: Adapters) -> None:
 
 def _check_shared(model: nn.Module, path: Path, found: Adapters, adapter: str) -> None:
     """Modules trained in full belong to the model: another adapter's must be the same."""
-    others = sorted(
-        {name for layer in plain_layers(model).values() for name in layer.adapters()} - {adapter}
-    )
+    others = sorted({*lora_names(model)} - {adapter})
     different = [
         name
         for name, parameter in plain_parameters(model).items()

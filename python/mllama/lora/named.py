@@ -173,7 +173,7 @@ def _check(model: nn.Module, name: str) -> dict[str, Linear_LORA]:
     layers = needed_lora_layers(model)
     if not isinstance(name, str):
         raise TypeError(f"an adapter's name must be a str, got {type(name).__name__}")
-    if not any(name in layer.adapters() for layer in layers.values()):
+    if name not in lora_names(model):
         raise ValueError(f"there is no adapter {name!r}; the model has {lora_names(model)}")
     return layers
 

@@ -15,6 +15,7 @@ from mllama.lora import peft
 from mllama.lora.adapter import DEFAULT, options_of, parts_of
 from mllama.lora.adapters import adapter_key, part_keys, plain_layers, plain_parameters
 from mllama.lora.layer import Linear_LORA, active_name, needed_lora_layers
+from mllama.lora.named import lora_names
 from mllama.nn.wrappers import gathered, may_write, plain_key, plain_name, unwrapped, whole
 
 FORMATS = ("mllama", "peft")
@@ -82,7 +83,7 @@ def save_adapter_folders(
 
     Arguments as `save_adapter_folder`.
     """
-    names = sorted({name for layer in plain_layers(model).values() for name in layer.adapters()})
+    names = lora_names(model)
     for name in names:
         inside = folder if name == DEFAULT or len(names) == 1 else folder / name
         save_adapter_folder(model, inside, name, state_dict, strict)

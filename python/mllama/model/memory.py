@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mllama.config.spec import ModelSpec
+from mllama.config.spec import ModelSpec, count_patches
 from mllama.encoders import ENCODERS
 from mllama.nn.packed import PackedEmbedding, PackedLinear
 
@@ -122,7 +122,7 @@ def image_tokens(spec: ModelSpec, tiles: int) -> int:
 
 def _encoder_tokens(spec: ModelSpec, tiles: int) -> int:
     """Tokens of one row's images in the encoder, class tokens included."""
-    patches = (spec.vision.image_size // spec.vision.patch_size) ** 2
+    patches = count_patches(spec.vision)
     return tiles * (patches + ENCODERS[spec.encoder].class_tokens)
 
 

@@ -1,11 +1,10 @@
 """A decoder's key-value cache: preallocated, grown by doubling, in a dtype of its own if asked."""
 
-import numbers
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 
+from mllama.nn.checks import check_count, check_integers
 from mllama.ops.quantized_rows import dequantize_rows, quantize_rows
 
 # Names of the dtypes that keys and values may be stored in.
@@ -115,13 +114,6 @@ def _of(buffer: torch.Tensor | None) -> str:
     return f"[{B}, tokens, {KV}, {D}] {buffer.dtype}"  # type: ignore[union-attr]
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 class KVCache:
     """Keys and values of all layers of a decoder.
 
@@ -151,8 +143,8 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int, capacity: int = 0, dtype: torch.dtype | None = None):
-        _check_int("num_layers", num_layers, 1)
-        _check_int("capacity", capacity, 0)
+        check_count("num_layers", num_layers)
+        check_count("capacity", capacity, 0)
         if dtype not in (None, *CACHE_DTYPES.values()):
             raise ValueError(
                 f"dtype must be one of {', '.join(map(str, CACHE_DTYPES.values()))}, got {dtype!r}"
@@ -258,7 +250,7 @@ class KVCache:
 
         After an interrupted pass, layers differ in length: crop to the length before the pass.
         """
-        _check_int("length", length, 0)
+        check_count("length", length, 0)
         if length > self.length:
             raise ValueError(f"length must be at most {self.length}, the cache's own, got {length}")
         for buffer in self._text:
@@ -269,9 +261,7 @@ class KVCache:
         """Select rows of the batch by index, int64 [new batch], to reorder beams, repeat or drop
         rows.
         """
-        if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64:
-            kind = getattr(rows, "dtype", type(rows).__name__)
-            raise TypeError(f"rows must be an int64 torch.Tensor, got {kind}")
+        check_integers("rows", rows, [torch.int64])
         batch = max((buffer.batch for buffer in (*self._text, *self._cross)), default=0)
         if rows.dim() != 1 or (batch and not bool(((rows >= 0) & (rows < batch)).all())):
             raise ValueError(f"rows must be [new batch], of 0 to {batch - 1}, got {rows.tolist()}")

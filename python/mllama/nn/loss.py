@@ -16,11 +16,6 @@ from mllama.ops._dispatch import differentiable_once
 from mllama.ops.cross_entropy import cross_entropy_
 
 
-def next_token_loss(*args, **kwargs) -> torch.Tensor:
-    """The loss of `counted_loss` without the count. Takes the same arguments."""
-    return counted_loss(*args, **kwargs)[0]
-
-
 def counted_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,

@@ -83,6 +83,26 @@ def check_tensor(op: str, name: str, tensor: Any) -> None:
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
+def check_dtype(op: str, name: str, tensor: Any, dtype: torch.dtype) -> None:
+    """Raise TypeError unless it is a tensor of this dtype."""
+    check_tensor(op, name, tensor)
+    if tensor.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be {wanted}, got {dtype_name(tensor)}")
+
+
+def check_vectors(op: str, x: torch.Tensor, **vectors: torch.Tensor) -> None:
+    """Raise ValueError unless x has a dimension, and each vector the size of its last one."""
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension")
+    for name, vector in vectors.items():
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{op}: {name} must be [{x.shape[-1]}], the last size of x {list(x.shape)}, "
+                f"got {list(vector.shape)}"
+            )
+
+
 def check_device(op: str, name: str, tensor, first: str, home) -> None:
     """Raise ValueError unless the tensor is on the device of `home`, the argument named `first`."""
     if tensor.device != home.device:
@@ -98,10 +118,15 @@ def check_value(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_number(op: str, name: str, value: Any, wanted: str = "a number") -> None:
+    """Raise TypeError unless it is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {type(value).__name__}")
+
+
 def check_eps(op: str, eps: float) -> None:
     """Raise TypeError unless eps is a number, ValueError unless it is finite and not negative."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    check_number(op, "eps", eps)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
 
@@ -128,13 +153,14 @@ def register(
     check: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    why: str = "mllama's operators can be differentiated once",
 ) -> Any:
     """Register fake and autograd formula of the compiled operator `mllama::name`; return the
     function that calls it, or None if operators are disabled.
 
     `check` takes the operator's arguments and raises for invalid ones. Without `backward` the
-    operator is itself a derivative: differentiating it raises, because a missing formula would
-    give wrong second derivatives silently.
+    operator is itself a derivative, or has none: differentiating it raises and says `why`, because
+    a missing formula would give wrong derivatives silently.
     """
     if _EXTENSION is None:
         return None
@@ -146,7 +172,7 @@ def register(
     for qualified in (f"mllama::{name}", f"mllama::{name}.kernel"):
         torch.library.register_fake(qualified, fake)
     if backward is None:
-        backward, setup_context = _no_second_derivative(name), None
+        backward, setup_context = _no_derivative(name, why), None
     torch.library.register_autograd(f"mllama::{name}", backward, setup_context=setup_context)
     return _caller(name, check)
 
@@ -230,13 +256,11 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        _no_second_derivative(ctx.name)(ctx, *grads)
+        _no_derivative(ctx.name, "mllama's operators can be differentiated once")(ctx, *grads)
 
 
-def _no_second_derivative(name: str) -> Callable:
+def _no_derivative(name: str, why: str) -> Callable:
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"mllama::{name} has no derivative: mllama's operators can be differentiated once"
-        )
+        raise NotImplementedError(f"mllama::{name} has no derivative: {why}")
 
     return backward

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from mllama.ops._dispatch import (
     check_device,
-    check_tensor,
+    check_dtype,
+    check_number,
     check_tensors,
     dtype_name,
     exact,
@@ -205,10 +206,8 @@ def _causal(queries: int, key: torch.Tensor, o: Options) -> torch.Tensor:
 def _check_numbers(o: Options) -> None:
     """Check the arguments that are not tensors, and that no unsupported gradient is required."""
     for name, value in (("scale", o.scale), ("softcap", o.softcap)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise TypeError(
-                f"attention: {name} must be a float or None, got {type(value).__name__}"
-            )
+        if value is not None:
+            check_number("attention", name, value, "a float or None")
     if o.softcap is not None and not 1e-30 < o.softcap < 1e30:
         raise ValueError(f"attention: softcap must be a positive number, got {o.softcap}")
     if not isinstance(o.causal, bool):
@@ -280,10 +279,7 @@ def _check_sizes(q, k, v) -> None:
 def _check_mask(name: str, mask, q, dtype: torch.dtype, *shapes: list[int]) -> None:
     if mask is None:
         return
-    check_tensor("attention", name, mask)
-    if mask.dtype != dtype:
-        wanted = str(dtype).removeprefix("torch.")
-        raise TypeError(f"attention: {name} must be {wanted}, got {dtype_name(mask)}")
+    check_dtype("attention", name, mask, dtype)
     check_device("attention", name, mask, "q", q)
     if list(mask.shape) not in shapes:
         accepted = " or ".join(dict.fromkeys(str(shape) for shape in shapes if shape))

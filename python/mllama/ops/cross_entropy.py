@@ -5,7 +5,7 @@ of.
 import torch
 
 from mllama import _ext
-from mllama.ops._dispatch import check_device, check_tensor, check_tensors, dtype_name, use_kernel
+from mllama.ops._dispatch import check_device, check_dtype, check_tensors, use_kernel
 
 
 def cross_entropy_(
@@ -51,10 +51,8 @@ def reference(
 def _check(scores: torch.Tensor, targets: torch.Tensor) -> None:
     op = "cross_entropy_"
     check_tensors(op, scores=scores)
-    check_tensor(op, "targets", targets)
+    check_dtype(op, "targets", targets, torch.int64)
     check_device(op, "targets", targets, "scores", scores)
-    if targets.dtype != torch.int64:
-        raise TypeError(f"{op}: targets must be int64, got {dtype_name(targets)}")
     if scores.dim() != 2 or not scores.shape[1] or not scores.is_contiguous():
         raise ValueError(
             f"{op}: scores must be contiguous [rows, vocabulary], got {list(scores.shape)} with "

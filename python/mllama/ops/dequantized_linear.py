@@ -2,16 +2,9 @@
 
 import torch
 
-from mllama.ops._dispatch import (
-    autocast_dtype,
-    check_device,
-    check_tensors,
-    exact,
-    register,
-    use_kernel,
-)
+from mllama.ops._dispatch import autocast_dtype, exact, register, use_kernel
 from mllama.ops.packed_layout import PACKINGS, unpack
-from mllama.ops.packed_linear import check_packed, check_packing, packing_name
+from mllama.ops.packed_linear import check_layer, check_packing
 
 
 def dequantized_linear(
@@ -85,14 +78,7 @@ def reference(
 
 
 def _check(x, weight, bias, out_features, number) -> None:
-    op = "dequantized_linear"
-    check_tensors(op, optional=("bias",), x=x, bias=bias)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension")
-    check_packed(op, weight, out_features, x.shape[-1], packing_name(number))
-    check_device(op, "weight", weight, "x", x)
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"{op}: bias must be [{out_features}], got {list(bias.shape)}")
+    check_layer("dequantized_linear", x, weight, bias, out_features, number)
 
 
 def _fake(x, weight, bias, out_features, number):

@@ -4,7 +4,14 @@ import functools
 
 import torch
 
-from mllama.ops._dispatch import check_eps, check_tensors, fresh, register, use_kernel
+from mllama.ops._dispatch import (
+    check_eps,
+    check_tensors,
+    check_vectors,
+    fresh,
+    register,
+    use_kernel,
+)
 from mllama.ops.recompute import recomputable
 
 
@@ -45,15 +52,7 @@ def reference(
 
 def _check(x, weight, bias, eps) -> None:
     check_tensors("layer_norm", x=x, weight=weight, bias=bias)
-    if x.dim() == 0:
-        raise ValueError("layer_norm: x must have at least one dimension")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != x.shape[-1:]:
-            size, got = x.shape[-1], list(parameter.shape)
-            raise ValueError(
-                f"layer_norm: {name} must be [{size}], the last size of x {list(x.shape)}, "
-                f"got {got}"
-            )
+    check_vectors("layer_norm", x, weight=weight, bias=bias)
 
 
 def _setup(ctx, inputs, output):

@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 from mllama.ops._dispatch import (
     autocast_dtype,
     check_device,
-    check_tensor,
+    check_dtype,
+    check_number,
     check_tensors,
     differentiable_once,
     dtype_name,
@@ -165,10 +166,8 @@ def _reads_labels(labels: torch.Tensor) -> bool:
 def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_batch) -> None:
     op = "linear_cross_entropy"
     check_tensors(op, hidden=hidden)
-    check_tensor(op, "labels", labels)
+    check_dtype(op, "labels", labels, torch.int64)
     check_device(op, "labels", labels, "hidden", hidden)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{op}: labels must be int64, got {dtype_name(labels)}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -194,8 +193,7 @@ def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_
 
 def _check_options(op: str, softcap, reduction, num_items_in_batch) -> None:
     if softcap is not None:
-        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-            raise TypeError(f"{op}: softcap must be a number or None, got {type(softcap).__name__}")
+        check_number(op, "softcap", softcap, "a number or None")
         if not FLOAT32.tiny <= softcap <= FLOAT32.max:
             raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
     if reduction not in REDUCTIONS:

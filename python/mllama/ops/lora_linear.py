@@ -9,6 +9,8 @@ import torch
 from mllama.ops._dispatch import (
     autocast_dtype,
     check_device,
+    check_dtype,
+    check_number,
     check_tensor,
     check_tensors,
     dtype_name,
@@ -201,9 +203,8 @@ def _check_layers(layers: Sequence[LoraLayer]) -> None:
     if not layers:
         raise ValueError("lora_linear: layers must be at least one")
     for layer in layers:
-        for name, value in (("scale", layer.scale), ("dropout", layer.dropout)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"lora_linear: {name} must be a number, got {type(value).__name__}")
+        check_number("lora_linear", "scale", layer.scale)
+        check_number("lora_linear", "dropout", layer.dropout)
         if not abs(layer.scale) <= _LARGEST:
             raise ValueError(f"lora_linear: scale must be finite in float32, got {layer.scale}")
         if not 0 <= layer.dropout < 1:
@@ -222,9 +223,7 @@ def _check_layers(layers: Sequence[LoraLayer]) -> None:
 
 
 def _check_seeds(seeds: torch.Tensor, count: int) -> None:
-    check_tensor("lora_linear", "seed", seeds)
-    if seeds.dtype != torch.int64:
-        raise TypeError(f"lora_linear: seed must be int64, got {dtype_name(seeds)}")
+    check_dtype("lora_linear", "seed", seeds, torch.int64)
     if seeds.shape != (count,):
         raise ValueError(f"lora_linear: seed must be [{count}], got {list(seeds.shape)}")
 

@@ -4,7 +4,7 @@ llama.cpp's (ggml-common.h).
 
 import torch
 
-from mllama.ops._dispatch import check_tensor, dtype_name, register, use_kernel
+from mllama.ops._dispatch import check_dtype, register, use_kernel
 from mllama.ops.packed_codes import BITS, CENTERED, SHIFTED
 from mllama.ops.packed_layout import GROUP, PACKINGS, by_lanes, join, packed_bytes, split, viewed
 from mllama.ops.packed_linear import check_packing
@@ -196,9 +196,7 @@ def _packed_bits(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _check(blocks, number) -> None:
-    check_tensor("pack_gguf", "blocks", blocks)
-    if blocks.dtype != torch.uint8:
-        raise TypeError(f"pack_gguf: blocks must be uint8, got {dtype_name(blocks)}")
+    check_dtype("pack_gguf", "blocks", blocks, torch.uint8)
     packing = list(PACKINGS)[number]
     _, size = GGUF_BLOCKS[packing]
     if blocks.dim() != 2 or blocks.shape[1] % size:

@@ -12,8 +12,10 @@ from torch.nn.functional import gelu
 from mllama.ops._dispatch import (
     FLOAT_DTYPES,
     check_device,
+    check_dtype,
     check_tensor,
     check_tensors,
+    check_vectors,
     dtype_name,
     register,
     use_kernel,
@@ -221,9 +223,7 @@ def _check_unpack(packed, rows, out_features, in_features, number, dtype) -> Non
         raise TypeError(f"unpack_weight: dtype must be float32, bfloat16 or float16, got {dtype}")
     if rows is None:
         return
-    check_tensor("unpack_weight", "rows", rows)
-    if rows.dtype != torch.int64:
-        raise TypeError(f"unpack_weight: rows must be int64, got {dtype_name(rows)}")
+    check_dtype("unpack_weight", "rows", rows, torch.int64)
     if rows.dim() != 1:
         raise ValueError(f"unpack_weight: rows must be [n], got {list(rows.shape)}")
     check_device("unpack_weight", "rows", rows, "weight", packed)
@@ -251,14 +251,18 @@ def _number_of(activation: str | None) -> int:
     return 1 + list(PACKED_ACTIVATIONS).index(activation)
 
 
-def _check(x, weight, bias, out_features, number, activation) -> None:
-    check_tensors("packed_linear", optional=("bias",), x=x, bias=bias)
-    if x.dim() == 0:
-        raise ValueError("packed_linear: x must have at least one dimension")
-    check_packed("packed_linear", weight, out_features, x.shape[-1], packing_name(number))
-    check_device("packed_linear", "weight", weight, "x", x)
+def check_layer(op: str, x, weight, bias, out_features, number) -> None:
+    """Raise TypeError or ValueError unless these are a packed layer and its input."""
+    check_tensors(op, optional=("bias",), x=x, bias=bias)
+    check_vectors(op, x)
+    check_packed(op, weight, out_features, x.shape[-1], packing_name(number))
+    check_device(op, "weight", weight, "x", x)
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"packed_linear: bias must be [{out_features}], got {list(bias.shape)}")
+        raise ValueError(f"{op}: bias must be [{out_features}], got {list(bias.shape)}")
+
+
+def _check(x, weight, bias, out_features, number, activation) -> None:
+    check_layer("packed_linear", x, weight, bias, out_features, number)
 
 
 def _fake(x, weight, bias, out_features, number, activation):
@@ -275,10 +279,6 @@ def _unpack_fake(packed, rows, out_features, in_features, number, dtype):
     return packed.new_empty((count, in_features), dtype=dtype)
 
 
-def _no_derivative(ctx, *grads):
-    raise NotImplementedError("packed_linear has no derivative: dequantized_linear has")
-
-
-_packed_linear = register("packed_linear", check=_check, fake=_fake, backward=_no_derivative)
+_packed_linear = register("packed_linear", check=_check, fake=_fake, why="dequantized_linear has")
 _pack_weight = register("pack_weight", check=_check_pack, fake=_pack_fake)
 _unpack_weight = register("unpack_weight", check=_check_unpack, fake=_unpack_fake)

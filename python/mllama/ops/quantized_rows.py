@@ -2,14 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import (
-    FLOAT_DTYPES,
-    check_tensor,
-    check_tensors,
-    dtype_name,
-    register,
-    use_kernel,
-)
+from mllama.ops._dispatch import FLOAT_DTYPES, check_dtype, check_tensors, register, use_kernel
 
 GROUP = 32  # codes that share a scale
 _SMALLEST_SCALE = 1e-36  # below it a group is zero
@@ -94,9 +87,7 @@ def _check_quantize(x) -> None:
 
 
 def _check_dequantize(codes, size, dtype) -> None:
-    check_tensor("dequantize_rows", "codes", codes)
-    if codes.dtype != torch.int8:
-        raise TypeError(f"dequantize_rows: codes must be int8, got {dtype_name(codes)}")
+    check_dtype("dequantize_rows", "codes", codes, torch.int8)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dequantize_rows: dtype must be float32, bfloat16 or float16, got {dtype}")
     if codes.dim() == 0 or codes.shape[-1] != row_bytes(size):
@@ -114,11 +105,10 @@ def _dequantize_fake(codes, size, dtype):
     return codes.new_empty((*codes.shape[:-1], size), dtype=dtype)
 
 
-def _no_derivative(ctx, *grads):
-    raise NotImplementedError("quantize_rows has no derivative: quantized caches are for inference")
-
-
 _quantize_rows = register(
-    "quantize_rows", check=_check_quantize, fake=_quantize_fake, backward=_no_derivative
+    "quantize_rows",
+    check=_check_quantize,
+    fake=_quantize_fake,
+    why="quantized caches are for inference",
 )
 _dequantize_rows = register("dequantize_rows", check=_check_dequantize, fake=_dequantize_fake)

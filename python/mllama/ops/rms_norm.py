@@ -5,7 +5,16 @@ import math
 
 import torch
 
-from mllama.ops._dispatch import check_eps, check_tensors, fresh, kind, register, use_kernel
+from mllama.ops._dispatch import (
+    check_eps,
+    check_number,
+    check_tensors,
+    check_vectors,
+    fresh,
+    kind,
+    register,
+    use_kernel,
+)
 from mllama.ops.recompute import recomputable
 
 
@@ -97,32 +106,21 @@ def _noted(y, hidden, weight, eps, offset) -> torch.Tensor:
 
 
 def _check_offset(op: str, offset: float) -> None:
-    if isinstance(offset, bool) or not isinstance(offset, (int, float)):
-        raise TypeError(f"{op}: offset must be a number, got {type(offset).__name__}")
+    check_number(op, "offset", offset)
     if (
         not -math.inf < offset < math.inf
     ):  # math.isfinite breaks the graph under torch 2.11's compiler
         raise ValueError(f"{op}: offset must be finite, got {offset}")
 
 
-def _check_weight(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{op}: weight must be [{x.shape[-1]}], the last size of x {list(x.shape)}, "
-            f"got {list(weight.shape)}"
-        )
-
-
 def _check(x, weight, eps, offset) -> None:
     check_tensors("rms_norm", x=x, weight=weight)
-    _check_weight("rms_norm", x, weight)
+    check_vectors("rms_norm", x, weight=weight)
 
 
 def _add_check(x, residual, weight, eps, offset) -> None:
     check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
-    _check_weight("add_rms_norm", x, weight)
+    check_vectors("add_rms_norm", x, weight=weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(f"add_rms_norm: residual must be as x, {kind(x)}, got {kind(residual)}")
 

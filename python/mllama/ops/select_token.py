@@ -9,9 +9,8 @@ import torch
 
 from mllama.ops._dispatch import (
     check_device,
-    check_tensor,
+    check_dtype,
     check_tensors,
-    dtype_name,
     kind,
     register,
     use_kernel,
@@ -172,9 +171,7 @@ def _check(logits, uniform, present, *numbers) -> None:
     ):
         if value is None:
             continue
-        check_tensor("select_token", name, value)
-        if value.dtype != dtype:
-            raise TypeError(f"select_token: {name} must be {dtype}, got {dtype_name(value)}")
+        check_dtype("select_token", name, value, dtype)
         if value.shape != shape:
             raise ValueError(f"select_token: {name} must be {list(shape)}, got {kind(value)}")
         check_device("select_token", name, value, "logits", logits)
@@ -194,8 +191,4 @@ def _fake(logits, uniform, present, *numbers):
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-def _no_derivative(ctx, *grads):
-    raise NotImplementedError("select_token has no derivative: tokens are integers")
-
-
-_select_token = register("select_token", check=_check, fake=_fake, backward=_no_derivative)
+_select_token = register("select_token", check=_check, fake=_fake, why="tokens are integers")

@@ -11,6 +11,7 @@ Render = Callable[[list[dict]], str]  # messages -> the template's output
 
 ASSISTANT = "assistant"  # the role of the model's messages
 IMAGE_KEYS = ("image", "path", "url", "base64")  # keys of a part that contains its image
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
 _CLOSED = re.compile(r"</\w+>\s*(?=\S)")  # the end of reasoning, which templates cut off
 _TOOL_ROLES = ("tool", "ipython")  # their content may be a JSON object
 

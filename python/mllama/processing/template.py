@@ -16,10 +16,11 @@ from jinja2.lexer import Token
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from mllama.processing.messages import REASONING
+
 MAX_STEPS = 200_000  # a released template takes dozens per message
 MAX_CHARACTERS = 2**24
 _MAX_NUMBER = 100_000  # jinja2's own limit of range()
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
 
 _steps_left: ContextVar[list[int]] = ContextVar("steps_left")
 
@@ -189,7 +190,7 @@ def _plain(value: Any) -> Any:
 
 def _with_reasoning(message: dict) -> dict:
     """A message's reasoning under each key that templates read."""
-    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -10,6 +10,7 @@ from torch import nn
 
 from mllama import _ext
 from mllama.nn.adapted import note_change
+from mllama.nn.checks import check_integers
 from mllama.nn.packed import PackedFormat, PackedLinear, packed_layer
 from mllama.ops._dispatch import has_kernel
 from mllama.ops.packed_gguf import GGUF_BLOCKS, pack_gguf
@@ -171,9 +172,7 @@ class Packer:
             raise ValueError("calibration is for decoders, and the model has none")
         if self.recipe is None or gptq.FORMAT not in (self.recipe.decoder, self.recipe.vision):
             raise ValueError(f"calibration is for weights='int4', got {self.weights!r}")
-        if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
-            kind = getattr(ids, "dtype", type(ids).__name__)
-            raise TypeError(f"calibration must be an int64 torch.Tensor, got {kind}")
+        check_integers("calibration", ids, [torch.int64])
         if ids.dim() != 2 or not ids.numel():
             raise ValueError(f"calibration must be [rows, tokens], got {list(ids.shape)}")
         rows = self.model.get_submodule(EMBEDDINGS).weight.shape[0]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from mllama.model.fast_decoder import MAX_ROWS
-from mllama.runtime.checks import check_count
+from mllama.nn.checks import check_count
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.prefill import PromptCache
 from mllama.runtime.prefix import common

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mllama.nn.adapted import adapter_state
+from mllama.nn.checks import check_count
 from mllama.nn.plain import all_plain
-from mllama.runtime.checks import check_count
 from mllama.runtime.fingerprint import fingerprint, structure, traces
 from mllama.runtime.image_files import ImageFiles
 

@@ -12,8 +12,9 @@ import torch
 
 from mllama.lora.named import lora_active
 from mllama.nn.adapted import adapter_state
+from mllama.nn.checks import check_count
 from mllama.nn.kv_cache import CACHE_DTYPES
-from mllama.runtime.checks import check_count, check_padding, check_room
+from mllama.runtime.checks import check_padding, check_room
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.decode_graph import DecodeGraph
 from mllama.runtime.drafts import make_drafter

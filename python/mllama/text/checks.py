@@ -2,6 +2,7 @@
 
 import torch
 
+from mllama.nn.checks import check_floating, check_integers
 from mllama.ops._dispatch import FLOAT_DTYPES
 
 
@@ -50,11 +51,7 @@ def check_text(
 
 def check_ids(input_ids: torch.Tensor) -> None:
     """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            "input_ids must be an int64 or int32 torch.Tensor, "
-            f"got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
-        )
+    check_integers("input_ids", input_ids)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(
             "input_ids must be [batch, tokens] with at least one token, "
@@ -66,9 +63,7 @@ def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
     """Raise TypeError unless inputs_embeds is a floating tensor, ValueError unless it is [B, T,
     size] with T of at least 1.
     """
-    if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
-        kind = getattr(inputs_embeds, "dtype", type(inputs_embeds).__name__)
-        raise TypeError(f"inputs_embeds must be a floating torch.Tensor, got {kind}")
+    check_floating("inputs_embeds", inputs_embeds)
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != size:
         raise ValueError(
             f"inputs_embeds must be [batch, tokens, {size}] with at least one token, "

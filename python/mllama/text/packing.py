@@ -5,6 +5,8 @@ arguments.
 import torch
 from torch.nn.functional import pad
 
+from mllama.nn.checks import check_integers
+
 
 def go_back(position_ids: torch.Tensor | None) -> bool:
     """Whether positions decrease within a row, as in packed rows. While compiling: whether
@@ -62,7 +64,7 @@ def given_starts(
         if longest is not None:
             _check_longest(name, longest, cu_seq_lens_q)
     if seq_idx is not None:
-        _check_integers("seq_idx", seq_idx)
+        check_integers("seq_idx", seq_idx)
         if list(seq_idx.shape) not in ([1, shape[1]], list(shape)):
             raise ValueError(
                 f"seq_idx must be [{shape[0]} or 1, {shape[1]}], got {list(seq_idx.shape)}"
@@ -163,7 +165,7 @@ def _starts(new: torch.Tensor) -> torch.Tensor:
 
 
 def _from_lengths(name: str, lengths: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    _check_integers(name, lengths)
+    check_integers(name, lengths)
     if lengths.dim() != 1 or len(lengths) < 2:
         raise ValueError(f"{name} must be [sequences + 1], got {list(lengths.shape)}")
     rows, length = shape
@@ -197,12 +199,4 @@ def _check_longest(name: str, longest: int | torch.Tensor, lengths: torch.Tensor
         raise ValueError(
             f"{name} must be at least the longest sequence of cu_seq_lens_q, {real}, "
             f"got {int(longest)}"
-        )
-
-
-def _check_integers(name: str, tensor: torch.Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"{name} must be an int32 or int64 torch.Tensor, "
-            f"got {getattr(tensor, 'dtype', type(tensor).__name__)}"
         )

@@ -12,13 +12,14 @@ def count_prefix(
     first_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Length of each row's prompt including left padding: positions before the first type 1.
+
     Args:
-        token_type_ids: int [B, T], 0 for the prompt, 1 for the completion.
         token_type_ids: int [B, T], 0 for the prompt, 1 for the completion.
         attention_mask: [B, T], zero where padded (types there are ignored), or None.
         shape: (B, T) of the tokens.
         first_key: int64 [B or 1, T], start of each position's sequence, for packed rows with
             several prompts.
+
     Returns:
         int64 [B], as `Decoder.forward` takes it. With `first_key`, [B, T]: the end of the prompt of
         each position's sequence.

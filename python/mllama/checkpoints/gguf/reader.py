@@ -18,7 +18,7 @@ from mllama.checkpoints.gguf.header import GgufHeader, gguf
 from mllama.checkpoints.gguf.rope import ROPE_FREQS, read_rope
 from mllama.checkpoints.gguf.windows import WINDOWED, window_arguments
 from mllama.checkpoints.opened import Opened, check_config
-from mllama.checkpoints.sources import Header
+from mllama.checkpoints.sources import Header, Source
 from mllama.config.spec import ModelSpec
 from mllama.families import FAMILIES
 from mllama.weights.family import Config, Gguf
@@ -104,14 +104,12 @@ _FOUR_NORMS = {
 }
 
 
-class GgufSource:
+class GgufSource(Source):
     """The tensors of a GGUF file.
 
     F32, F16 and BF16 are read unchanged. Quantized blocks are dequantized to float32, so "auto",
     the dtype of most elements, is float32 for a quantized file.
     """
-
-    mapped = False
 
     def __init__(self, header: GgufHeader):
         """
@@ -171,15 +169,6 @@ class GgufSource:
         if data.nbytes != size:
             raise ValueError(f"{self.where} ends within {name}")
         return data
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def __enter__(self) -> "GgufSource":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def _check_type(where: str, name: str, kind: gguf.GGMLQuantizationType) -> None:

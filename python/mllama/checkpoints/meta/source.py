@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mllama.checkpoints.files import find_inside, listing
-from mllama.checkpoints.sources import Header
+from mllama.checkpoints.sources import Header, Source
 
 _MAPPED = (
     2**26
@@ -34,7 +34,7 @@ _CUT = (
 )
 
 
-class MetaSource:
+class MetaSource(Source):
     """The tensors of consolidated.*.pth. Parallel shards are merged one tensor at a time.
 
     Only plain tensors are read from the pickles; any other content is rejected, without a fallback.
@@ -115,12 +115,6 @@ class MetaSource:
     def close(self) -> None:
         """Release the mapped files. Idempotent."""
         self._open, self._read = {}, 0
-
-    def __enter__(self) -> "MetaSource":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _parts(self, path: Path) -> dict[str, torch.Tensor]:
         if path not in self._open:

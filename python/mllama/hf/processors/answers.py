@@ -14,6 +14,7 @@ import torch
 
 from mllama.processing.messages import (
     ASSISTANT,
+    REASONING,
     as_messages,
     as_text,
     fit_contents,
@@ -25,7 +26,6 @@ Span = tuple[int, int]  # (start, end) in characters
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ENOUGH = 5  # characters at the end of a prompt that do not match by chance
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 def apply_template(
@@ -270,7 +270,7 @@ def _mark(message: dict, mark: str, ahead: bool, empty: bool) -> dict:
     marked = (
         mark_texts(message, mark, before) if empty or as_text(message["content"]) else dict(message)
     )
-    for name in _THOUGHTS:
+    for name in REASONING:
         if isinstance(message.get(name), str) and message[name]:
             marked[name] = mark_texts({"content": message[name]}, mark, before)["content"]
     if isinstance(message.get("tool_calls"), (list, tuple)):

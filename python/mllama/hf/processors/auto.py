@@ -1,12 +1,14 @@
-"""Loads the processor of any model folder as transformers' classes."""
+"""Loads the processor of any model folder as transformers' classes; writes it beside a model."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from mllama.checkpoints.files import write_folder
 from mllama.hf.processors.folders import load_tokenizer
 from mllama.hf.processors.llava import MllamaImageProcessor
 from mllama.hf.processors.paligemma import PaliGemmaProcessor
@@ -14,6 +16,7 @@ from mllama.hf.processors.square import SquareImageProcessor
 from mllama.hf.processors.tiled import TiledProcessor
 from mllama.hf.processors.tokenizers import load_gguf_tokenizer, load_meta_processor
 from mllama.processing.auto import load_any, processor_kind
+from mllama.processing.folders import PROCESSOR_FILES
 
 _CLASSES: dict[str, Any] = {
     "merged": MllamaImageProcessor,
@@ -46,3 +49,23 @@ def load_processor(
 def _load_folder(folder: Path) -> Any:
     kind = processor_kind(folder)
     return load_tokenizer(folder) if kind is None else _CLASSES[kind].from_pretrained(folder)
+
+
+def processor_to_write(path: Path) -> Any:
+    """The processor to write with a model; None, said on stderr, if the model's files have none."""
+    try:
+        return load_processor(path)
+    except FileNotFoundError as error:
+        print(f"mllama: no tokenizer or processor is written: {error}", file=sys.stderr)
+        return None
+
+
+def write_both(folder: Path, model: PreTrainedModel, processor: Any) -> None:
+    """Write a model and its processor, if it has one, to a folder, atomically."""
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside)
+        if processor is not None:
+            processor.save_pretrained(aside)
+
+    write_folder(folder, write, () if processor is None else PROCESSOR_FILES)

@@ -17,6 +17,7 @@ from mllama.hf.processors.chat import ChatTemplates
 from mllama.hf.processors.folders import load_tokenizer, read_stock_settings, save_aside
 from mllama.hf.processors.options import merge_options, on_cpu
 from mllama.hf.processors.square import CroppedImageProcessor, SquareImageProcessor, with_channels
+from mllama.nn.checks import check_count
 from mllama.processing.auto import check_llava, image_kind, image_tokens, read_llava
 from mllama.processing.image import channel_values, download_urls
 from mllama.processing.prompt import (
@@ -96,11 +97,8 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         location_tokens: bool = False,
         chat_template: str | None = None,
     ):
-        for name, value in (("num_image_token", num_image_token), ("image_size", image_size)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count("num_image_token", num_image_token)
+        check_count("image_size", image_size)
         if not isinstance(image_token, str):
             raise TypeError(f"image_token must be a str, got {type(image_token).__name__}")
         if not image_token.strip():
@@ -187,11 +185,6 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         )
         text_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}
         text_kwargs["add_special_tokens"] = special and text_kwargs.get("add_special_tokens", True)
-        for name in (
-            "return_mm_token_type_ids",
-            "return_text_replacement_offsets",
-        ):  # the processor's own attribute, mirrored by _merge_kwargs
-            text_kwargs.pop(name, None)
         data = dict(self.tokenizer(prompts, **text_kwargs))
         check_whole(
             data["input_ids"],

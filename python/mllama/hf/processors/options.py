@@ -1,7 +1,6 @@
 """Options of a processor's call: transformers' own, each applied or rejected by name."""
 
 import contextlib
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -9,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
+
+from mllama.hf.arguments import nearest
 
 _WHOLE_CALL = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
@@ -108,9 +109,12 @@ def merge_options(
         name: value for name, value in options.items() if value is not None or name not in _GROUPS
     }
     with in_one_line():
-        return processor._merge_kwargs(
+        merged = processor._merge_kwargs(
             tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **given
         )
+    for name in _WHOLE_CALL:  # which transformers also puts among the tokenizer's options
+        merged["text_kwargs"].pop(name, None)
+    return merged
 
 
 @contextlib.contextmanager
@@ -135,11 +139,8 @@ def check_names(owner: Any, options: Iterable[str], known: Iterable[str], where:
     """
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise TypeError(
-                f"{type(owner).__name__} has no option {name!r}{where}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            hint = nearest(str(name), known)
+            raise TypeError(f"{type(owner).__name__} has no option {name!r}{where}{hint}")
 
 
 def check_values(options: Mapping[str, Any], refused: Refusals) -> None:

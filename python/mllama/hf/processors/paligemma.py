@@ -123,11 +123,6 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             "return_token_type_ids": True,
             "add_special_tokens": False,
         }
-        for name in (
-            "return_mm_token_type_ids",
-            "return_text_replacement_offsets",
-        ):  # the processor's own attribute, mirrored by _merge_kwargs
-            text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if suffix is not None:
             text_kwargs["text_pair"] = self._suffixes(suffix, len(prompts))

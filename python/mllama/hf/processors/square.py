@@ -5,6 +5,8 @@ They are transformers' own on this package's image loading and C++ resize, bit-e
 transformers' for upright 8-bit images.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
@@ -52,20 +54,13 @@ class OwnImages:
         return images
 
     def process_image(self, image, input_data_format: str | None = None, **kwargs) -> np.ndarray:
-        if (
-            input_data_format is not None and getattr(image, "ndim", 0) == 3
-        ):  # arrays are read as channels last, tensors as channels first
-            first, wanted = (
-                input_data_format == ChannelDimension.FIRST,
-                not isinstance(image, np.ndarray),
-            )
-            image = (
-                image
-                if first == wanted
-                else image.transpose(1, 2, 0)
-                if first
-                else image.permute(2, 0, 1)
-            )
+        if input_data_format is not None and getattr(image, "ndim", 0) == 3:
+            # Arrays are read as channels last, tensors as channels first.
+            is_first = input_data_format == ChannelDimension.FIRST
+            if isinstance(image, np.ndarray) and is_first:
+                image = image.transpose(1, 2, 0)
+            elif not isinstance(image, np.ndarray) and not is_first:
+                image = image.permute(2, 0, 1)
         return load_pixels(image).numpy().transpose(2, 0, 1)
 
     def to_dict(self) -> dict:
@@ -82,51 +77,23 @@ class _OneSize(OwnImages):
             return [image for item in images for image in self._prepare_images_structure(item)]
         return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
-    def _preprocess(
-        self,
-        images,
-        do_resize,
-        size,
-        resample,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        **kwargs,
-    ):
+    def _preprocess(self, images, **settings: Any) -> BatchFeature:
         if not images:
             raise ValueError("images is empty: give at least one image")
-        crop = kwargs["crop_size"] if kwargs.get("do_center_crop") else None
+        size, resample = settings["size"], settings["resample"]
+        crop = settings["crop_size"] if settings.get("do_center_crop") else None
         for name, given in (
-            ("size", size if do_resize else None),
+            ("size", size if settings["do_resize"] else None),
             ("crop_size", crop),
-            ("pad_size", kwargs.get("pad_size")),
+            ("pad_size", settings.get("pad_size")),
         ):
             check_edges(name, dict(given or {}))
         sized = (size.height and size.width) or (
             crop and size.shortest_edge and not size.longest_edge
         )
-        if not (
-            do_resize and do_rescale and do_normalize and sized and resample in RESAMPLE
-        ) or kwargs.get("do_pad"):
-            return super()._preprocess(
-                images,
-                do_resize=do_resize,
-                size=size,
-                resample=resample,
-                do_rescale=do_rescale,
-                rescale_factor=rescale_factor,
-                do_normalize=do_normalize,
-                image_mean=image_mean,
-                image_std=image_std,
-                **kwargs,
-            )
-        settings = {
-            "rescale_factor": rescale_factor,
-            "image_mean": image_mean,
-            "image_std": image_std,
-        }
+        steps = all(settings[name] for name in ("do_resize", "do_rescale", "do_normalize"))
+        if not (steps and sized and resample in RESAMPLE) or settings.get("do_pad"):
+            return super()._preprocess(images, **settings)
         square = SquareImages(
             (size.height, size.width) if size.height else size.shortest_edge,
             (crop.height, crop.width) if crop else None,
@@ -137,7 +104,7 @@ class _OneSize(OwnImages):
             [torch.from_numpy(image.transpose(1, 2, 0)) for image in images]
         )
         return BatchFeature(
-            {"pixel_values": pixels.numpy()}, tensor_type=kwargs.get("return_tensors")
+            {"pixel_values": pixels.numpy()}, tensor_type=settings.get("return_tensors")
         )
 
 

@@ -75,34 +75,16 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
             raise ValueError("give at least one image")
         return rows
 
-    def _preprocess(
-        self,
-        images,
-        size,
-        resample,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        max_image_tiles,
-        **kwargs,
-    ) -> BatchFeature:
-        check_tiles(size.height, size.width, max_image_tiles)
-        settings = {
-            "do_rescale": do_rescale,
-            "rescale_factor": rescale_factor,
-            "do_normalize": do_normalize,
-            "image_mean": image_mean,
-            "image_std": image_std,
-        }
-        tiled = TiledImages(size.height, max_image_tiles, read_table(settings), resample)
+    def _preprocess(self, images, **settings: Any) -> BatchFeature:
+        size, most = settings["size"], settings["max_image_tiles"]
+        check_tiles(size.height, size.width, most)
+        tiled = TiledImages(size.height, most, read_table(settings), settings["resample"])
         batch = tiled.tiles(
             [[torch.from_numpy(image.transpose(1, 2, 0)) for image in row] for row in images]
         )
         num_tiles = batch.pop("num_tiles")
         arrays = {name: value.numpy() for name, value in batch.items()}
-        found = BatchFeature(arrays, tensor_type=kwargs.get("return_tensors"))
+        found = BatchFeature(arrays, tensor_type=settings.get("return_tensors"))
         found["num_tiles"] = num_tiles
         return found
 
@@ -181,11 +163,6 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
             {"return_token_type_ids": False, **merged["text_kwargs"]},
             merged["images_kwargs"],
         )
-        for name in (
-            "return_mm_token_type_ids",
-            "return_text_replacement_offsets",
-        ):  # the processor's own attribute, mirrored by _merge_kwargs
-            text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if text is None:
             tiles = self.image_processor(images, **images_kwargs)
