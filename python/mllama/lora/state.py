@@ -103,9 +103,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         ValueError: it has no LoRA layers, or one whose `linear` is not a plain linear layer; then
             nothing is changed.
     """
-    places: dict[nn.Module, list[str]] = {layer: [] for layer in _mergeable(model)}
+    places: dict[Linear_LORA, list[str]] = {layer: [] for layer in _mergeable(model)}
     for name, module in model.named_modules(remove_duplicate=False):
-        if module in places:
+        if isinstance(module, Linear_LORA):
             places[module].append(name)
     merged = model
     for layer, names in places.items():
