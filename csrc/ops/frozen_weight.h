@@ -8,9 +8,10 @@ namespace mllama {
 
 constexpr int64_t kDense = -1;  // in place of a packing
 
-// A weight [out, in]. A Device has kTileElements, the size of a tile; unpack(args, first, last,
-// weight, tile), which dequantizes the rows of the blocks [first, last); and kFloatColumns, the
-// columns of a float32 product that torch shall make at a time.
+// A weight [out, in]. A Device has kTileElements, the size of a tile; readable(weight), a packed
+// weight where its kernels can read it; unpack(args, first, last, weight, tile), which dequantizes
+// the rows of the blocks [first, last); and kFloatColumns, the columns of a float32 product that
+// torch shall make at a time.
 template <class Device>
 class FrozenWeight {
   public:
@@ -26,6 +27,7 @@ class FrozenWeight {
         } else {
             packing_ = packing_of(op, packing);
             check_packed(op, weight, *packing_, out, in_);
+            weight_ = Device::readable(weight);
         }
     }
 

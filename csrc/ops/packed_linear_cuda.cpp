@@ -10,7 +10,7 @@ namespace {
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t out,
                      int64_t packing, int64_t activation) {
     const char* op = "packed_linear";
-    PackedLinearArgs a(op, x, weight, bias, out, packing, activation);
+    PackedLinearArgs a(op, x, UnpackOnCuda::readable(weight), bias, out, packing, activation);
     if (a.y.numel() == 0) return a.y;
     Launcher launcher(op, a.x);
     launcher.reads("x", a.x);
@@ -43,9 +43,9 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& b
 Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows, int64_t out, int64_t width,
                      int64_t packing, ScalarType dtype) {
     const char* op = "unpack_weight";
-    UnpackWeightArgs a(op, weight, rows, out, width, packing, dtype);
-    Launcher launcher(op, weight);
-    launcher.reads("weight", weight);
+    UnpackWeightArgs a(op, UnpackOnCuda::readable(weight), rows, out, width, packing, dtype);
+    Launcher launcher(op, a.weight);
+    launcher.reads("weight", a.weight);
     launcher.writes("dense", a.dense_rows);
     if (a.rows) launcher.reads("rows", *a.rows);
     cuda::unpack_weight(a.kernel(), a.rows ? data<int64_t>(*a.rows) : nullptr, a.dense_rows.size(0),

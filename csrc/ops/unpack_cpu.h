@@ -11,6 +11,7 @@ struct UnpackOnCpu {
     // x W' of 86 rows and 32,064 columns: 152 GFLOP/s in place of 108 (MKL, two threads).
     static constexpr int64_t kFloatColumns = 1024;
 
+    static Tensor readable(const Tensor& weight) { return weight; }  // from any address
     // args.dense = the rows of the blocks [first, last).
     static void unpack(const kernels::PackWeight& args, int64_t first, int64_t last) {
         auto unpack = MLLAMA_CALL(unpack_blocks);

@@ -82,6 +82,29 @@ def test_an_interrupt_between_the_renames_leaves_the_older_model(after, tmp_path
     assert [path for path in folder.iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["when all is written", "after an error"])
+def test_an_interrupt_of_the_removal_leaves_nothing_hidden(fails, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    tiny.model().save_pretrained(folder)
+    rmtree = files.shutil.rmtree
+
+    def interrupted(path, **options):
+        monkeypatch.setattr(files.shutil, "rmtree", rmtree)
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    def write(aside):
+        (aside / "model.safetensors").write_bytes(b"half")
+        (aside / "config.json").write_bytes(b"{}")
+        if fails:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(files.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_folder(folder, write)
+    assert not list(folder.glob(".*"))
+
+
 def test_the_older_weights_are_kept_aside_where_they_cannot_be_put_back(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     tiny.model().save_pretrained(folder)

@@ -117,10 +117,10 @@ def test_blocks_hold_the_tensor(kind, dtype):
     assert not dense[3].any()
 
 
-def test_weights_that_are_too_large():
+def test_weights_that_are_too_large_or_nan():
     for kind, size in ((Type.Q4_0, 1e7), (Type.Q4_K, 1e9), (Type.Q6_K, 1e12)):
         with pytest.raises(ValueError, match="blk.0"):
             to_blocks("blk.0", torch.randn(2, 256) * size, kind)
-    for dtype, size in (("f16", 1e5), ("q8_0", 1e7)):
+    for dtype, size in (("f16", 1e5), ("q8_0", 1e7), ("f16", torch.nan), ("q8_0", torch.nan)):
         with pytest.raises(ValueError, match="blk.0"):
             choose_types({"blk.0": torch.full((2, 256), size)}, dtype, 1)

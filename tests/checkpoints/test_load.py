@@ -47,3 +47,20 @@ def test_what_the_module_lacks_is_refused(tmp_path):
         load(tmp_path, lambda spec: Names({}), dtype="int8")
     with pytest.raises(ValueError, match="device"):
         load(tmp_path, lambda spec: Names({}), device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"), [(65504.0, True), (1e5, False), (-1e5, False), (torch.inf, True)]
+)
+def test_values_that_float16_cannot_hold_are_refused(value, fits, tmp_path):
+    model = tiny.model()
+    model.lm_head.weight.data[3, 4] = value
+    model.save_pretrained(tmp_path)
+    module = Names({name: tensor.shape for name, tensor in model.state_dict().items()})
+    assert load(tmp_path, lambda spec: module, "bfloat16")
+    if fits:
+        load(tmp_path, lambda spec: module, "float16")
+        assert module.get_parameter("lm_head.weight")[3, 4] == value
+    else:
+        with pytest.raises(ValueError, match=r"lm_head.weight has values beyond"):
+            load(tmp_path, lambda spec: module, "float16")

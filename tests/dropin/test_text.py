@@ -246,7 +246,7 @@ def test_a_token_at_a_time_with_a_kv_cache():
         (lambda m, c: m(ids(1, 65)), ValueError, "context_length"),
         (lambda m, c: m(ids(2, 5), m(ids(2, 60), use_cache=True)[1]), ValueError, "context_length"),
         (lambda m, c: m(torch.full((1, 3), 99)), IndexError, None),
-        (lambda m, c: m(ids()[0]), ValueError, None),
+        (lambda m, c: m(ids()[0]), ValueError, "ids"),
         (lambda m, c: m(ids(), attention_mask=torch.ones(2, 40)), TypeError, "attention_mask"),
         (lambda m, c: m.forward_with_embeds(torch.zeros(2, 3, 63)), ValueError, "63"),
         (lambda m, c: m(ids(2, 1), past_kv=[1]), ValueError, "past_kv"),

@@ -98,6 +98,23 @@ def test_merging_again_and_unmerging_again(converted):
     torch.testing.assert_close(merged, model(x), rtol=0, atol=1e-5)
 
 
+def test_an_interrupt_of_merging_for_good_leaves_every_update_once(converted, monkeypatch):
+    model, x = converted(), torch.randn(5, 6)
+    nn.init.normal_(model[0].lora_b.weight)
+    adapted, unload = model(x), Linear_LORA.unload
+    first = model[0]
+
+    def interrupted(layer):
+        if layer is not first:
+            raise KeyboardInterrupt
+        return unload(layer)
+
+    monkeypatch.setattr(Linear_LORA, "unload", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mllama.merge_and_unload(model)
+    torch.testing.assert_close(model(x), adapted, rtol=0, atol=1e-5)
+
+
 def test_a_merged_model_is_not_trained(converted):
     model, x = converted(), torch.randn(5, 6)
     mllama.merge_lora(model)

@@ -264,6 +264,9 @@ SAMPLES = {
         1, 0, 3, 2, 1, 16, causal=True, prefix_length=torch.zeros(1, 0, dtype=torch.int64)
     ),
     "no rows": sample(0, 2, 3, 2, 1, 16, key_mask=torch.ones(0, 3, dtype=torch.bool)),
+    "no rows, prefix": sample(
+        0, 2, 3, 2, 1, 16, causal=True, prefix_length=torch.empty(0, dtype=torch.int64)
+    ),
 }
 # What replaces them in the emulator, which would take minutes: fewer queries and keys, since tiles
 # of CUDA kernels, up to 64 keys, are smaller than the CPU's chunks of 128 to 500.

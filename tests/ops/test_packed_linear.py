@@ -4,7 +4,7 @@ import torch
 import devices
 from helpers import BadCall, Sample, check_op, instruction_set, instruction_sets, needs_kernels
 from mllama import _ext
-from mllama.ops import _dispatch, pack_weight, packed_linear, unpack_weight
+from mllama.ops import _dispatch, dequantized_linear, pack_weight, packed_linear, unpack_weight
 from mllama.ops.packed_layout import PACKINGS, pack, packed_bytes, unpack
 from mllama.ops.packed_linear import PACKED_ACTIVATIONS, reference
 
@@ -118,6 +118,9 @@ def test_packed_linear(packing):
             BadCall(lambda: call(x=torch.tensor(1.0)), ValueError, "x"),
             BadCall(lambda: call(packed=PACKED.float()), TypeError, "weight"),
             BadCall(lambda: call(packed=PACKED[1:]), ValueError, "weight"),
+            BadCall(
+                lambda: call(packed=PACKED.repeat_interleave(2)[::2]), ValueError, "contiguous"
+            ),
             BadCall(lambda: call(out_features=40), ValueError, "weight"),
             BadCall(lambda: call(packing="int8"), ValueError, "weight"),
             BadCall(lambda: call(packing="int3"), ValueError, "packing"),
@@ -184,6 +187,19 @@ def test_weights_without_inputs(packing):
     for rows in (2, 40):
         y = packed_linear(torch.randn(rows, 0), packed, B, out_features=20, packing=packing)
         assert torch.equal(y, B.expand(rows, 20))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_weight_may_begin_at_any_byte(packing, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(_dispatch, "_EXTENSION", None)
+    w, x = pack(weight(20, 40), packing), torch.randn(30, 40)
+    part = torch.cat([w[:5], w])[5:]
+    size = {"out_features": 20, "packing": packing}
+    assert torch.equal(unpack_weight(part, 20, 40, packing), unpack_weight(w, 20, 40, packing))
+    for product in (packed_linear, dequantized_linear):
+        assert torch.equal(product(x, part, **size), product(x, w, **size))
 
 
 @needs_kernels

@@ -55,6 +55,14 @@ def test_parts_of_another_tensor():
     assert torch.equal(dequantize_rows(part, 16), dequantize_rows(codes, 16)[:, :, :4])
 
 
+@pytest.mark.parametrize("dequantize", [dequantize_rows, reference_dequantize])
+def test_scales_may_begin_at_any_byte(dequantize):
+    codes = quantize_rows(torch.randn(3, 33))
+    part = torch.cat([codes.new_zeros(3, 1), codes], 1)[:, 1:]
+    for moved in (part, torch.cat([codes[0, :1], codes.flatten()])[1:].view_as(codes)):
+        assert torch.equal(dequantize(moved, 33), dequantize(codes, 33))
+
+
 @needs_kernels
 def test_registration():
     torch.library.opcheck(torch.ops.mllama.quantize_rows.default, (torch.randn(2, 40),))

@@ -166,6 +166,7 @@ LOGITS, UNIFORM = torch.zeros(2, 4), torch.zeros(2, dtype=torch.float64)
         ([LOGITS - math.inf, UNIFORM], {}, ValueError, "logits"),
         ([LOGITS], {"temperature": 0}, ValueError, "temperature"),
         ([LOGITS], {"top_k": -1}, ValueError, "top_k"),
+        ([LOGITS], {"top_k": 2**63}, ValueError, "top_k"),
         ([LOGITS], {"top_p": 1.5}, ValueError, "top_p"),
         ([LOGITS], {"min_p": math.nan}, ValueError, "min_p"),
         ([LOGITS], {"repetition_penalty": math.inf}, ValueError, "repetition_penalty"),

@@ -240,7 +240,7 @@ def write_folder(
         else:
             _move_into(aside, folder, replaced)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -294,7 +294,16 @@ def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
             os.replace(backup / name, folder / name)
         backup.rmdir()
         raise
-    shutil.rmtree(backup, ignore_errors=True)
+    _remove(backup)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, wholly where an interrupt comes meanwhile: models take long."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -244,6 +244,11 @@ class Llama3Model(nn.Module):
         return self.final_norm(x)
 
     def _checked(self, embeds: torch.Tensor, past: int) -> torch.Tensor:
+        if embeds.dim() != 3:
+            raise ValueError(
+                "ids must be [batch, tokens] and embeddings [batch, tokens, hidden], got "
+                f"{list(embeds.shape[:-1])} of width {embeds.shape[-1]}"
+            )
         tokens, longest = past + embeds.shape[1], self.config.max_position_embeddings
         if tokens > longest:
             raise ValueError(f"{tokens} tokens are more than context_length, {longest}")

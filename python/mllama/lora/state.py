@@ -103,11 +103,20 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         ValueError: it has no LoRA layers, or one whose `linear` is not a plain linear layer; then
             nothing is changed.
     """
-    plain: dict[nn.Module, nn.Module] = {layer: layer.unload() for layer in _mergeable(model)}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if name and layer in plain:
-            model.set_submodule(name, plain[layer])
-    return plain.get(model, model)
+    places: dict[Linear_LORA, list[str]] = {layer: [] for layer in _mergeable(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Linear_LORA):
+            places[module].append(name)
+    merged = model
+    for layer, names in places.items():
+        # Replaced at once: after an interrupt, every layer still has its update once.
+        plain = layer.unload()
+        if layer is model:
+            merged = plain
+            continue
+        for name in names:
+            model.set_submodule(name, plain)
+    return merged
 
 
 def _mergeable(model: nn.Module) -> list[Linear_LORA]:

@@ -198,7 +198,9 @@ def _causal(queries: int, key: torch.Tensor, o: Options) -> torch.Tensor:
             key > query + (offset.clamp(min=-_FAR) - o.window).clamp(-queries - 1, keys)
         )
     if o.prefix_length is not None:
-        prefix = o.prefix_length.reshape(len(o.prefix_length), -1, 1)  # (B, T or 1, 1)
+        per_query = o.prefix_length.dim() == 2
+        prefix = o.prefix_length if per_query else o.prefix_length[:, None]
+        prefix = prefix[:, :, None]  # (B, T or 1, 1)
         visible = visible | ((position < prefix) & (key < prefix))
     return visible
 

@@ -77,7 +77,7 @@ def unpack_gguf(
     size = packed_bytes(out_features, in_features, packing)
     if packed.shape != (size,):
         raise ValueError(f"unpack_gguf: packed must be [{size}], got {list(packed.shape)}")
-    numbers = split(packed, out_features, in_features, packing)
+    numbers = split(packed.contiguous(), out_features, in_features, packing)
     blocks = _WRITERS.get(packing, _write_simple)(*numbers, packing)
     return blocks.flatten(2).flatten(0, 1)[:out_features]
 

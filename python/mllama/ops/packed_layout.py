@@ -88,6 +88,8 @@ def unpack(packed: torch.Tensor, out_features: int, in_features: int, packing: s
     """uint8 [packed_bytes] -> float32 [out, in]."""
     size, groups = PACKINGS[packing], -(-in_features // GROUP)
     if packing in _FLOATS:
+        if packed.storage_offset() % 4:  # view() reads whole numbers of a storage
+            packed = packed.clone()
         values = packed.view(-(-out_features // LANES), groups, size.group).view(_FLOATS[packing])
         w = _lanes_outside(values, 2 if packing == "bf16" else 1).float()
     else:

@@ -215,6 +215,8 @@ def check_packed(
             f"{op}: weight must be [{size}], the bytes of {out_features} x {in_features} weights "
             f"as {packing}, got {list(weight.shape)}"
         )
+    if not weight.is_contiguous():
+        raise ValueError(f"{op}: weight must be contiguous, got strides {weight.stride()}")
 
 
 def _check_unpack(packed, rows, out_features, in_features, number, dtype) -> None:

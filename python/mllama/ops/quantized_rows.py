@@ -3,6 +3,7 @@
 import torch
 
 from mllama.ops._dispatch import FLOAT_DTYPES, check_dtype, check_tensors, register, use_kernel
+from mllama.ops.packed_layout import viewed
 
 GROUP = 32  # codes that share a scale
 _SMALLEST_SCALE = 1e-36  # below it a group is zero
@@ -74,9 +75,8 @@ def reference_dequantize(
     codes: torch.Tensor, size: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """`dequantize_rows` in plain torch."""
-    groups = -(-size // GROUP)
-    scales = codes[..., size:].flatten().view(torch.bfloat16).float()
-    scales = scales.view(*codes.shape[:-1], groups)
+    scales = viewed(codes[..., size:].flatten(), torch.bfloat16).float()
+    scales = scales.view(*codes.shape[:-1], -(-size // GROUP))
     return (codes[..., :size] * scales.repeat_interleave(GROUP, -1)[..., :size]).to(dtype)
 
 

@@ -145,7 +145,7 @@ def _top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
 def _check_numbers(temperature, top_k, top_p, min_p, repetition_penalty) -> None:
     wanted = {
         "temperature": (temperature, 0 < temperature < math.inf, "above 0 and finite"),
-        "top_k": (top_k, isinstance(top_k, int) and top_k >= 0, "an int of at least 0"),
+        "top_k": (top_k, isinstance(top_k, int) and 0 <= top_k < 2**63, "an int of at least 0"),
         "top_p": (top_p, 0 <= top_p <= 1, "0 to 1"),
         "min_p": (min_p, 0 <= min_p <= 1, "0 to 1"),
         "repetition_penalty": (

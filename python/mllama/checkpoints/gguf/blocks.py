@@ -45,7 +45,7 @@ def choose_types(
         layers: of the model.
 
     Raises:
-        ValueError: weights are too large for their type.
+        ValueError: weights are too large for their type, or NaN.
     """
     head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
     return {name: _choose(name, tensor, dtype, layers, head) for name, tensor in tensors.items()}
@@ -63,11 +63,10 @@ def _choose(name: str, tensor: torch.Tensor, dtype: str, layers: int, head: str)
     for other in (_FALLBACK.get(kind, _Type.F16), _Type.F16):
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = other
-    if kind in _LARGEST and bool((tensor.abs() > _LARGEST[kind] * _HALF_MAX).any()):
-        raise ValueError(
-            f"{name} has weights beyond {kind.name}'s largest, {_LARGEST[kind] * _HALF_MAX:.0f}; "
-            "write bf16"
-        )
+    largest = _LARGEST.get(kind, 0) * _HALF_MAX
+    if largest and not bool((tensor.abs() <= largest).all()):
+        problem = "NaN" if bool(tensor.isnan().any()) else f"weights beyond {largest:.0f}"
+        raise ValueError(f"{name} has {problem}, which {kind.name} cannot hold; bf16 can")
     return kind
 
 
