@@ -213,6 +213,33 @@ def test_an_adapter_is_trained_further(settings, finished, tmp_path):
     assert log_of(tmp_path / "run")[0]["loss"] < log_of(output)[0]["loss"] - 1
 
 
+def test_pefts_adapter_of_every_layer_is_trained_further(family_folder, data, tmp_path):
+    """PEFT's names reach a layer of LLaVA's encoder that is not computed."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = family_folder("llava, clip")
+    stock = AutoModelForImageTextToText.from_pretrained(folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(stock, config).save_pretrained(tmp_path / "start")
+    settings = TrainSettings(
+        model=str(folder),
+        data=str(data),
+        adapter=str(tmp_path / "start"),
+        output=str(tmp_path / "run"),
+        max_steps=2,
+        batch_size=5,
+        dtype="float32",
+        device="cpu",
+    )
+    trained(settings)
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("start", "run/adapter")]
+    changed = [
+        not torch.equal(one, other)
+        for one, other in zip(*(load_file(file).values() for file in files), strict=True)
+    ]
+    assert changed.count(False) == 2 and len(changed) == 2 * (2 + 3)  # A and B of the last layer
+
+
 def test_the_learning_rate_rises_and_falls():
     settings = TrainSettings(
         data="x/y", learning_rate=1.0, min_learning_rate=0.2, warmup=4, max_steps=12
