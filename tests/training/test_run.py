@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import runpy
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import mllama
 from mllama.train.course import Course, held_out
+from mllama.train.loop import Loop
 from mllama.train.prepare import prepare_model
 from mllama.train.run import train
 from mllama.train.settings import TrainSettings
@@ -108,6 +110,22 @@ def test_accumulation_equals_one_large_batch(settings, tmp_path):
     trained(parts)
     for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_pass_ends_with_its_graph(settings, monkeypatch):
+    """It holds the inputs of checkpointed layers, which the next pass would add its own to."""
+    forward, before = Loop._forward, []
+
+    def watched(self, batch, **options):
+        assert not [one for one in before if one() is not None]
+        output = forward(self, batch, **options)
+        before.append(weakref.ref(output.loss))
+        return output
+
+    monkeypatch.setattr(Loop, "_forward", watched)
+    settings = replaced(settings, eval_fraction=0.0, eval_every=None, accumulation=3, max_steps=1)
+    trained(settings)
+    assert len(before) == 3
 
 
 def test_a_step_is_adamw_on_the_mean_over_all_labels(settings):

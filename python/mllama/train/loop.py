@@ -127,9 +127,7 @@ class Loop:
         for index, batch in enumerate(passes):
             is_last = index == len(passes) - 1
             with nullcontext() if is_last else self._without_sync():
-                part = self._forward(batch, num_items_in_batch=trained).loss
-                reached = self._backward(part)
-            sums += torch.stack((part.detach().float(), part.new_tensor(reached).float()))
+                sums += self._pass(batch, trained)
         self.state.loss, reached = setup.accelerator.reduce(sums, "sum").tolist()
         if not math.isfinite(self.state.loss):
             raise ValueError(f"step {step}: the loss is {self.state.loss}; {self._way_out()}")
@@ -153,23 +151,26 @@ class Loop:
             return without_sync(self.setup.model)
         return self.setup.accelerator.no_sync(self.setup.wrapped)
 
-    def _backward(self, loss: torch.Tensor) -> bool:
-        """Add the gradients of a pass. Returns whether there are any: nothing that is trained is on
-        the way from an adapted encoder to the loss of rows without images.
+    def _pass(self, batch: Batch, trained: int) -> torch.Tensor:
+        """Add the gradients of a pass. Returns its part of the loss, and 1 if there are gradients:
+        nothing that is trained is on the way from an adapted encoder to the loss of rows without
+        images. The graph, which holds inputs of checkpointed layers, ends here.
         """
         setup = self.setup
+        loss = self._forward(batch, num_items_in_batch=trained).loss
+        found = torch.stack((loss.detach().float(), torch.zeros_like(loss, dtype=torch.float32)))
         if not loss.requires_grad:  # with shard it is so in all processes
-            return False
+            return found
         # processes' gradients are averaged
         setup.scaler.scale(loss * setup.accelerator.num_processes).backward()
-        reached = getattr(unwrapped(setup.wrapped), "reached", True)
-        if reached:
+        if getattr(unwrapped(setup.wrapped), "reached", True):
             self._unreached.note()
-        return reached
+            found[1] = 1
+        return found
 
     def _update(self, step: int) -> None:
         setup, most = self.setup, self.setup.settings.max_grad_norm
-        if all(one.grad is None for one in setup.parameters.values()):  # see `_backward`
+        if all(one.grad is None for one in setup.parameters.values()):  # see `_pass`
             self._grad_norm = 0.0
             return
         setup.scaler.unscale_(setup.optimizer)
@@ -230,7 +231,8 @@ class Loop:
             "epoch": setup.course.epoch(step),
             "loss": state.window_loss / state.window_tokens,
             "learning_rate": setup.course.learning_rate(step),
-            "grad_norm": self._grad_norm,
+            # JSON has no number for that of a step that is skipped
+            "grad_norm": self._grad_norm if math.isfinite(self._grad_norm) else None,
             "trained_tokens": state.trained_tokens,
             "tokens_per_second": round(speed, 1),
             "peak_memory": memory,
@@ -241,7 +243,7 @@ class Loop:
 
     def _add(self, entry: dict[str, Any]) -> None:
         """Write an entry to the log and the trackers."""
-        values = {name: value for name, value in entry.items() if name != "step"}
+        values = {k: value for k, value in entry.items() if k != "step" and value is not None}
         self.setup.accelerator.log(values, step=entry["step"])
         if self.log is not None:
             self.log.add(entry)
