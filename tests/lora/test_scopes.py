@@ -14,6 +14,11 @@ from tiny.pairs import FAMILIES, make
 DECODER = re.compile(r"language_model\.layers\.\d+\.")
 
 
+# LLaVA's -2: the features of the last layer but one, of 3.
+LAST = "vision_tower.encoder.layers.2."
+UNREAD = {"llava, clip, -2": LAST, "llava, siglip, several": LAST}
+
+
 def linear_names(model) -> set[str]:
     return {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
@@ -34,7 +39,11 @@ def test_scopes_of_every_family(case):
         "mlp": {name for name in decoder if ".mlp." in name},
         "cross_attn": {name for name in decoder if ".cross_attn." in name},
         "all-linear": decoder,
-        "vision": {name for name in names if name.startswith("vision_tower.")},
+        "vision": {
+            name
+            for name in names
+            if name.startswith("vision_tower.") and not name.startswith(UNREAD.get(case, "none"))
+        },
         "vision_global": {name for name in names if ".global_transformer." in name},
         "projector": {name for name in names if name.startswith("multi_modal_projector.")},
     }
@@ -75,6 +84,20 @@ def test_a_range_of_the_encoder_is_of_each_of_its_stacks(crossed):
         "vision_tower.transformer": str(len(tower.transformer.layers) - 1),
         "vision_tower.global_transformer": str(len(tower.global_transformer.layers) - 1),
     }
+
+
+def test_layers_that_are_not_computed_are_left_out():
+    """Their adapters would get no gradient."""
+    model = make("llava, clip, -2").ours
+    layers = {name.split(".")[3] for name in find_targets(model, "vision")}
+    assert layers == {"0", "1"} == {name.split(".")[3] for name in find_targets(model, "fc1")}
+    assert {name.split(".")[3] for name in find_targets(model, "vision[-2:]")} == {"1"}
+    last = "vision_tower.encoder.layers.2.mlp.fc1"
+    for target in ("vision[-1]", last):
+        with pytest.raises(ValueError, match="does not compute"):
+            find_targets(model, target)
+    last = "vision_tower.encoder.layers.1.mlp.fc1"
+    assert list(find_targets(tiny.model(), last)) == [last]
 
 
 def test_names_are_the_decoders_where_it_has_them():

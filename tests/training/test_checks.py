@@ -56,6 +56,17 @@ def test_a_sound_run_passes_and_stays_as_it_was(run, check):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_what_the_model_does_not_compute_needs_no_gradient(run):
+    """Trained in full, LLaVA's encoder has parts after the features that are read."""
+    model, batch = run
+    model.requires_grad_(True)
+    found = mllama.check_gradients(model, batch)
+    assert found.passed, found
+    model(**batch).loss.backward()
+    unread = [name for name, one in model.named_parameters() if one.grad is None]
+    assert unread == ["vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"]
+
+
 def test_earlier_gradients_stay(run):
     model, batch = run
     first = next(one for one in model.parameters() if one.requires_grad)

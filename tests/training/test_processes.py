@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import mllama
+from mllama.train.course import Course
 from training.runs import (
     assert_same_run,
     log_of,
@@ -104,6 +105,29 @@ def test_weights_shared_out_need_the_same_layers(forking, model_folder, data, tm
     assert "need rows with images, or none does" in (tmp_path / "error.txt").read_text()
     with pytest.raises(ValueError, match="several processes"):
         trained(settings)
+
+
+def test_a_process_without_images_and_an_adapted_encoder(forking, model_folder, data, tmp_path):
+    """It has no gradient of its own; in the last step no process has one."""
+    settings = settings_of(model_folder, data, tmp_path / "two", batch_size=1, accumulation=1)
+    changes = {"dropout": 0.0, "eval_fraction": 0.0, "eval_every": None, "targets": ("vision",)}
+    settings = replaced(settings, **changes, max_steps=3, data=str(tmp_path / "rows.jsonl"))
+    settings = replaced(settings, image_folder=str(data.parent), weight_decay=0.1)
+    course = Course(settings, 6, processes=2)
+    order = [row for step in (1, 2, 3) for rank in (0, 1) for row in course.batches(step, rank)[0]]
+    image, text = data.read_text().splitlines()[:2]
+    kinds = dict(zip(order, (image, text, image, text, text, text), strict=True))
+    (tmp_path / "rows.jsonl").write_text("\n".join(kinds[row] for row in range(6)))
+    trained_by_two(settings)
+    result = trained(replaced(settings, output=str(tmp_path / "one"), accumulation=2))
+    pairs = zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True)
+    for two, one in pairs:
+        assert two == pytest.approx(one, rel=1e-3)
+    two, one = (tmp_path / name / "adapter/adapter_model.safetensors" for name in ("two", "one"))
+    saved = load_file(one)
+    for name, tensor in load_file(two).items():
+        torch.testing.assert_close(tensor, saved[name], rtol=1e-2, atol=1e-4)
+    assert result.step == 3 and log_of(tmp_path / "two")[-1]["grad_norm"] == 0
 
 
 def test_two_processes_resume(forking, model_folder, data, tmp_path):

@@ -1,6 +1,8 @@
 """Runs of `mllama.train` that are stopped, killed and resumed, and what may go wrong."""
 
 import errno
+import functools
+import json
 import os
 import random
 import shutil
@@ -177,6 +179,15 @@ def test_a_loss_that_is_no_number_stops_the_run(settings, tmp_path, monkeypatch)
     folder = tmp_path / "run/checkpoints/step-00000004"
     assert all(one.isfinite().all() for one in load_file(folder / "weights.safetensors").values())
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [2, 3, 4]
+
+
+def test_the_log_of_a_step_that_float16_skips_is_json(settings, monkeypatch):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    settings = replaced(settings, dtype="float16", max_steps=2, log_every=1)
+    lines = (trained(settings).output / "log.jsonl").read_text().splitlines()
+    entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [entry["grad_norm"] for entry in entries if "loss" in entry] == [None, None]
 
 
 def test_an_adapter_that_gets_no_gradient(settings, tmp_path, data):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import runpy
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import mllama
 from mllama.train.course import Course, held_out
+from mllama.train.loop import Loop
 from mllama.train.prepare import prepare_model
 from mllama.train.run import train
 from mllama.train.settings import TrainSettings
@@ -108,6 +110,22 @@ def test_accumulation_equals_one_large_batch(settings, tmp_path):
     trained(parts)
     for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_pass_ends_with_its_graph(settings, monkeypatch):
+    """It holds the inputs of checkpointed layers, which the next pass would add its own to."""
+    forward, before = Loop._forward, []
+
+    def watched(self, batch, **options):
+        assert not [one for one in before if one() is not None]
+        output = forward(self, batch, **options)
+        before.append(weakref.ref(output.loss))
+        return output
+
+    monkeypatch.setattr(Loop, "_forward", watched)
+    settings = replaced(settings, eval_fraction=0.0, eval_every=None, accumulation=3, max_steps=1)
+    trained(settings)
+    assert len(before) == 3
 
 
 def test_a_step_is_adamw_on_the_mean_over_all_labels(settings):
@@ -211,6 +229,33 @@ def test_an_adapter_is_trained_further(settings, finished, tmp_path):
     )
     trained(settings)
     assert log_of(tmp_path / "run")[0]["loss"] < log_of(output)[0]["loss"] - 1
+
+
+def test_pefts_adapter_of_every_layer_is_trained_further(family_folder, data, tmp_path):
+    """PEFT's names reach a layer of LLaVA's encoder that is not computed."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = family_folder("llava, clip")
+    stock = AutoModelForImageTextToText.from_pretrained(folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(stock, config).save_pretrained(tmp_path / "start")
+    settings = TrainSettings(
+        model=str(folder),
+        data=str(data),
+        adapter=str(tmp_path / "start"),
+        output=str(tmp_path / "run"),
+        max_steps=2,
+        batch_size=5,
+        dtype="float32",
+        device="cpu",
+    )
+    trained(settings)
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("start", "run/adapter")]
+    changed = [
+        not torch.equal(one, other)
+        for one, other in zip(*(load_file(file).values() for file in files), strict=True)
+    ]
+    assert changed.count(False) == 2 and len(changed) == 2 * (2 + 3)  # A and B of the last layer
 
 
 def test_the_learning_rate_rises_and_falls():

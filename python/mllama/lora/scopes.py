@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from mllama.lora.convert import adaptable_layers
-from mllama.nn.wrappers import plain_name
+from mllama.nn.wrappers import plain_name, unwrapped
 
 _DECODER = r"language_model\.layers\.\d+\."
 # Regular expressions that names of linear layers start with, by scope.
@@ -23,6 +23,8 @@ SCOPES = {
 REGEX = "re:"
 _RANGE = re.compile(r"(?P<scope>[^\[\]]+)\[(?P<start>-?\d+)?(?P<colon>:)?(?P<stop>-?\d+)?\]")
 _NUMBERED = re.compile(r"(?P<stack>.*?\blayers)\.(?P<index>\d+)\.")
+# Parts of an encoder that come after the embeddings.
+_ENCODED = re.compile(r"vision_tower\.(?:encoder\.layers\.(?P<index>\d+)|post_layernorm|head)\.")
 
 
 class _Range(NamedTuple):
@@ -56,6 +58,7 @@ def find_targets(
             - "re:PATTERN", a regular expression for the full dotted name, anywhere in the model;
             - ends of names, "q_proj", "self_attn.q_proj" or the full name: those of the decoder if
               it has such layers, else of the rest.
+            Layers that the model does not compute (`is_read`) are left out.
         ranks: rank by pattern, as PEFT's `rank_pattern`: a regular expression for the end of a
             name. The first that matches counts.
 
@@ -69,8 +72,20 @@ def find_targets(
     """
     targets = _texts(targets)
     known = [plain_name(model, name) for name in adaptable_layers(model) if name]
-    chosen = {name for target in targets for name in _matches(model, target, known)}
+    chosen = {name for target in targets for name in _read(model, target, known)}
     return ranked([name for name in known if name in chosen], ranks)
+
+
+def is_read(model: nn.Module, name: str) -> bool:
+    """Whether a model computes with the parameter or layer of this plain name. LLaVA reads the
+    features of a layer of its encoder, mostly the last but one: what comes after that layer is not
+    computed and gets no gradient.
+    """
+    layers = getattr(getattr(unwrapped(model), "spec", None), "feature_layers", None)
+    found = _ENCODED.match(f"{name}.")
+    if layers is None or found is None:
+        return True
+    return found["index"] is not None and int(found["index"]) < max(layers)
 
 
 def ranked(
@@ -119,6 +134,18 @@ def _matches(model: nn.Module, target: str, known: list[str]) -> list[str]:
             f"targets: {target!r} matches nothing in this {type(model).__name__}; {_choice(known)}"
         )
     return found
+
+
+def _read(model: nn.Module, target: str, known: list[str]) -> list[str]:
+    """Names that one target means, of layers that the model computes."""
+    found = _matches(model, target, known)
+    read = [name for name in found if is_read(model, name)]
+    if not read:
+        raise ValueError(
+            f"targets: {target!r} has only layers that the model does not compute: the features of "
+            "an earlier one are read"
+        )
+    return read
 
 
 def _in_scope(scope: str, names: list[str]) -> list[str]:

@@ -14,7 +14,8 @@ from torch import nn
 
 from mllama.data.collate import Collator
 from mllama.hf.processors.chat import IGNORED
-from mllama.nn.wrappers import unwrapped
+from mllama.lora.scopes import is_read
+from mllama.nn.wrappers import plain_name, unwrapped
 from mllama.train.batches import Batch
 from mllama.train.prepare import autocast, compute_dtype, prepare_model
 from mllama.train.rows import open_rows
@@ -46,19 +47,25 @@ def check_gradients(model: nn.Module, batch: Batch) -> Check:
     """Whether every trained parameter gets a finite gradient from the batch.
 
     An adapter's A has a gradient of zeros until its B is trained; that counts. A parameter without
-    any, such as the image encoder's for a batch without images, does not.
+    any, such as the image encoder's for a batch without images, does not. Parts of an encoder that
+    the model does not compute, after the layer whose features it reads, are not asked for.
     """
     trained = _trained(model)
     if not trained:
         return Check("check_gradients", False, "nothing is trained: no parameter requires_grad")
     with _as_it_was(model):
         _loss(model, batch).backward()
-        missing = [name for name, one in trained.items() if one.grad is None]
+        missing = [
+            name
+            for name, one in trained.items()
+            if one.grad is None and is_read(model, plain_name(model, name))
+        ]
         broken = [
             name
             for name, one in trained.items()
             if one.grad is not None and not bool(one.grad.isfinite().all())
         ]
+        reached = sum(one.grad is not None for one in trained.values())
         moving = sum(one.grad is not None and bool(one.grad.any()) for one in trained.values())
     if missing:
         return Check("check_gradients", False, f"no gradient reaches {_listed(missing)}")
@@ -69,7 +76,7 @@ def check_gradients(model: nn.Module, batch: Batch) -> Check:
     return Check(
         "check_gradients",
         True,
-        f"{len(trained)} trained parameters have gradients, {moving} of them not zero",
+        f"{reached} trained parameters have gradients, {moving} of them not zero",
     )
 
 

@@ -49,7 +49,7 @@ class Log:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
+    return json.dumps(entry, allow_nan=False) + "\n"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, parse_constant=lambda name: None)  # of older logs
         except ValueError:
             break
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from mllama.nn.wrappers import put, whole
+from mllama.nn.wrappers import put, unwrapped, whole
 from mllama.train import random_state
 from mllama.train.batches import Batch, count_tokens, count_trained, load_batches
 from mllama.train.checkpoints import Checkpoint, CheckpointFolder
 from mllama.train.log import Log
 from mllama.train.optimizer import load_optimizer_state, optimizer_state
-from mllama.train.prepare import adapter_parameters, autocast
+from mllama.train.prepare import autocast
 from mllama.train.progress import TrainingProgress, peak_memory
+from mllama.train.reached import Unreached
 from mllama.train.setup import Setup
 from mllama.train.sharding import without_sync
 from mllama.train.stopping import Stopping
@@ -72,7 +73,7 @@ class Loop:
         self.setup, self.checkpoints, self.log, self.progress = setup, checkpoints, log, progress
         self.on_evaluation = on_evaluation
         self.state = State()
-        self._without_gradient = set(setup.parameters)
+        self._unreached = Unreached(setup)
         self._window_start, self._window_read = time.perf_counter(), 0
 
     def run(self, stopping: Stopping) -> None:
@@ -122,16 +123,16 @@ class Loop:
         setup = self.setup
         if not trained:
             raise ValueError(f"step {step}: its rows have no token to train on")
-        loss = torch.zeros((), device=setup.device)
+        sums = torch.zeros(2, device=setup.device)  # the loss, and passes with gradients
         for index, batch in enumerate(passes):
             is_last = index == len(passes) - 1
             with nullcontext() if is_last else self._without_sync():
-                part = self._forward(batch, num_items_in_batch=trained).loss
-                self._backward(part)
-            loss += part.detach()
-        self.state.loss = setup.accelerator.reduce(loss, "sum").item()
+                sums += self._pass(batch, trained)
+        self.state.loss, reached = setup.accelerator.reduce(sums, "sum").tolist()
         if not math.isfinite(self.state.loss):
             raise ValueError(f"step {step}: the loss is {self.state.loss}; {self._way_out()}")
+        if not reached:  # DDP's gradients are zeros then, in place of none
+            setup.optimizer.zero_grad()
         self._update(step)
 
     def _check_images(self, step: int, passes: list[Batch]) -> None:
@@ -150,26 +151,26 @@ class Loop:
             return without_sync(self.setup.model)
         return self.setup.accelerator.no_sync(self.setup.wrapped)
 
-    def _backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a pass. Maybe nothing that is trained is on its way: an adapted
-        encoder, and rows without images.
+    def _pass(self, batch: Batch, trained: int) -> torch.Tensor:
+        """Add the gradients of a pass. Returns its part of the loss, and 1 if there are gradients:
+        nothing that is trained is on the way from an adapted encoder to the loss of rows without
+        images. The graph, which holds inputs of checkpointed layers, ends here.
         """
         setup = self.setup
-        processes, reached = setup.accelerator.num_processes, loss.requires_grad
-        if not reached and (processes == 1 or setup.settings.shard):  # it is so in all of them
-            return
-        if not reached:  # the others wait for this process's gradients
-            loss = loss + 0 * sum(one.sum() for one in setup.parameters.values())
+        loss = self._forward(batch, num_items_in_batch=trained).loss
+        found = torch.stack((loss.detach().float(), torch.zeros_like(loss, dtype=torch.float32)))
+        if not loss.requires_grad:  # with shard it is so in all processes
+            return found
         # processes' gradients are averaged
-        setup.scaler.scale(loss * processes).backward()
-        if reached and self._without_gradient:
-            self._without_gradient = {
-                name for name in self._without_gradient if setup.parameters[name].grad is None
-            }
+        setup.scaler.scale(loss * setup.accelerator.num_processes).backward()
+        if getattr(unwrapped(setup.wrapped), "reached", True):
+            self._unreached.note()
+            found[1] = 1
+        return found
 
     def _update(self, step: int) -> None:
         setup, most = self.setup, self.setup.settings.max_grad_norm
-        if all(one.grad is None for one in setup.parameters.values()):  # see `_backward`
+        if all(one.grad is None for one in setup.parameters.values()):  # see `_pass`
             self._grad_norm = 0.0
             return
         setup.scaler.unscale_(setup.optimizer)
@@ -230,7 +231,8 @@ class Loop:
             "epoch": setup.course.epoch(step),
             "loss": state.window_loss / state.window_tokens,
             "learning_rate": setup.course.learning_rate(step),
-            "grad_norm": self._grad_norm,
+            # JSON has no number for that of a step that is skipped
+            "grad_norm": self._grad_norm if math.isfinite(self._grad_norm) else None,
             "trained_tokens": state.trained_tokens,
             "tokens_per_second": round(speed, 1),
             "peak_memory": memory,
@@ -241,30 +243,20 @@ class Loop:
 
     def _add(self, entry: dict[str, Any]) -> None:
         """Write an entry to the log and the trackers."""
-        values = {name: value for name, value in entry.items() if name != "step"}
+        values = {k: value for k, value in entry.items() if k != "step" and value is not None}
         self.setup.accelerator.log(values, step=entry["step"])
         if self.log is not None:
             self.log.add(entry)
 
     def _check_gradients(self, step: int) -> None:
-        """Raise ValueError if an adapter is not reached by the data of an epoch. Parts of modules
-        trained in full may be unused: LLaVA reads an earlier layer than its tower's last.
-        """
+        """Raise ValueError if an adapter is not reached by the data of an epoch, in any process."""
         course = self.setup.course
         if step != min(course.steps_per_epoch, course.steps, _CHECKED_AFTER):
             return
-        adapters = set(map(id, adapter_parameters(self.setup.model)))
-        missing = sorted(
-            name for name in self._without_gradient if id(self.setup.parameters[name]) in adapters
-        )
-        if missing:
-            shown = ", ".join(missing[:3]) + " ..." * (len(missing) > 3)
-            raise ValueError(
-                f"step {step}: no gradient has reached {len(missing)} parameter(s), {shown}: leave "
-                "them out of targets, or give data that uses them"
-            )
-        if self._without_gradient:
-            self.progress.say(f"{len(self._without_gradient)} parameters are not used by the data")
+        self._unreached.share()
+        self._unreached.check(step)
+        if self._unreached.names:
+            self.progress.say(f"{len(self._unreached.names)} parameters are not used by the data")
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> bool:
@@ -310,6 +302,7 @@ class Loop:
             name: setup.accelerator.gather(state.to(setup.device).unsqueeze(0))
             for name, state in random_state.capture().items()
         }
+        self._unreached.share()
         tensors, plain = optimizer_state(setup.optimizer, setup.parameters)
         weights: Mapping[str, torch.Tensor] = setup.parameters
         staged = None
@@ -322,7 +315,7 @@ class Loop:
                 "state": asdict(self.state),
                 "optimizer": plain,
                 "scaler": setup.scaler.state_dict(),
-                "without_gradient": sorted(self._without_gradient),
+                "without_gradient": sorted(self._unreached.names),
                 "rows": setup.course.rows,
                 "processes": setup.accelerator.num_processes,
             }
@@ -360,7 +353,7 @@ class Loop:
         load_optimizer_state(setup.optimizer, setup.parameters, found.optimizer, plain["optimizer"])
         setup.scaler.load_state_dict(plain["scaler"])
         self.state = State(**plain["state"])
-        self._without_gradient = set(plain["without_gradient"])
+        self._unreached.names = set(plain["without_gradient"])
         best = self.state.best_step
         if best is not None and best not in self.checkpoints.steps():
             self.state.best_loss = self.state.best_step = None

@@ -17,6 +17,7 @@ from mllama.train import random_state
 from mllama.train.course import Course, held_out
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype, prepare_model, trained_parameters
+from mllama.train.replica import Replica
 from mllama.train.rows import open_rows
 from mllama.train.settings import TrainSettings
 from mllama.train.sharding import shard
@@ -90,7 +91,9 @@ def set_up(settings: TrainSettings, accelerator: Any, device: torch.device) -> S
     dtype = compute_dtype(settings, model)
     wrapped = model
     if not settings.shard:
-        wrapped = accelerator.prepare_model(model, device_placement=False)
+        alone = accelerator.num_processes == 1
+        called = model if alone else Replica(model)
+        wrapped = accelerator.prepare_model(called, device_placement=False)
     random_state.seed(settings.seed + accelerator.process_index)  # for dropout
     return Setup(
         settings=settings,
