@@ -1,17 +1,19 @@
 """Whether a module's weights may be read directly, or its forward called with more arguments."""
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does exactly what `kind.forward` does: no hooks, no overridden
-    forward.
+    """Whether calling the module does exactly what `kind.forward` does: no hooks, of its own or
+    of all modules, no overridden forward.
     """
     hooks = (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
     return type(module).forward is kind.forward and not hooks and "forward" not in module.__dict__
 
