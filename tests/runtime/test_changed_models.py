@@ -2,6 +2,7 @@
 
 import peft
 import pytest
+import torch
 from torch import nn
 
 import tiny
@@ -45,6 +46,19 @@ def test_hooks_of_all_modules_and_other_classes(part):
 
     mlp.__class__ = Doubled
     assert same_bits(logits(session, inputs), doubled)
+
+
+def test_autocast_and_another_dtype():
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    session = Session(model)
+    plain = logits(session, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = logits(session, inputs)
+        assert same_bits(cast, logits(Session(model), inputs)) and not same_bits(cast, plain)
+    assert same_bits(logits(session, inputs), plain)
+    model.bfloat16()
+    assert same_bits(logits(session, inputs), logits(Session(model), inputs))
 
 
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])

@@ -19,7 +19,7 @@ from mllama.runtime.decode_graph import DecodeGraph
 from mllama.runtime.drafts import make_drafter
 from mllama.runtime.fingerprint import structure
 from mllama.runtime.image_cache import ImageCache
-from mllama.runtime.images import IMAGE_INPUTS
+from mllama.runtime.images import IMAGE_INPUTS, arithmetic
 from mllama.runtime.passes import Passes
 from mllama.runtime.prefill import PromptCache
 from mllama.runtime.progress import DECODE, Progress, Stages, check_progress
@@ -39,8 +39,8 @@ class Session:
     """Generates with a model. What was computed is reused: of the last prompt the next one computes
     only what differs, such as a chat's next turn; the start that all rows of a batch have in common
     is computed once, and so is every image. After changing the model's weights, call
-    `reset`. Hooks are noticed, and so are adapters, this package's and PEFT's, when they are
-    attached, loaded, replaced, switched or merged.
+    `reset`. Hooks, another dtype or device, and autocast are noticed, and so are adapters, this
+    package's and PEFT's, when they are attached, loaded, replaced, switched or merged.
 
     Args:
         model: a `VisionLanguageModel` in eval mode.
@@ -145,7 +145,9 @@ class Session:
 
     def _look(self) -> tuple:
         """What the cached prompt was computed with, beside weights."""
-        return adapter_state(), structure([self.model])
+        first = next(self.model.parameters())
+        numbers = first.dtype, first.device, *arithmetic(first.device.type)
+        return adapter_state(), structure([self.model]), numbers
 
     @torch.inference_mode()
     def generate(
