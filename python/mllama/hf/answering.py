@@ -22,7 +22,7 @@ from transformers import (
 
 from mllama.hf.encoded_images import encode_once
 from mllama.lora.named import lora_active
-from mllama.runtime.checks import check_count, check_room
+from mllama.runtime.checks import check_count, check_ends, check_room
 from mllama.runtime.completion import Completion, Generation
 from mllama.runtime.progress import DECODE, PROMPT, Progress, Stages, check_progress
 from mllama.runtime.questions import tokenizer_of
@@ -75,7 +75,8 @@ class GenerateSession:
         Args:
             adapter: as `Session.generate` takes it, of a model of this package.
             generate_kwargs: options of transformers' `generate`. Default: at most 128 new tokens,
-                greedy; temperature, top_k, top_p or min_p turn sampling on.
+                greedy; temperature, top_k, top_p or min_p turn sampling on. stop_strings are read
+                by the processor's tokenizer.
 
         Raises:
             TypeError: an option has the wrong type, or `generate` has no such option.
@@ -91,6 +92,9 @@ class GenerateSession:
         criteria = StoppingCriteriaList(generate_kwargs.pop("stopping_criteria", None) or [])
         criteria.append(_Steps(stages, rows, prompt))
         generate_kwargs["stopping_criteria"] = criteria
+        ends = self._ends(generate_kwargs)
+        if generate_kwargs.get("stop_strings") is not None:
+            generate_kwargs.setdefault("tokenizer", self.tokenizer)
         stages.begin(PROMPT, rows * prompt)
         try:
             with nullcontext() if adapter is None else lora_active(self.model, adapter):
@@ -107,7 +111,6 @@ class GenerateSession:
                     "generation_config must leave num_return_sequences at 1: every question has "
                     "one answer"
                 )
-            ends = self._ends(generate_kwargs)
             result.completions = [self._complete(row[prompt:].tolist(), ends) for row in sequences]
             if on_text is not None and streamer is None:
                 for index, completion in enumerate(result.completions):
@@ -134,7 +137,7 @@ class GenerateSession:
         settings = generate_kwargs.get("generation_config") or self.model.generation_config
         ends = generate_kwargs.get("eos_token_id")
         ends = settings.eos_token_id if ends is None else ends
-        return frozenset([] if ends is None else torch.as_tensor(ends).reshape(-1).tolist())
+        return check_ends(ends.tolist() if isinstance(ends, torch.Tensor) else ends)
 
 
 def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> Any:
@@ -166,6 +169,8 @@ def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
     check_known(options)
     for name in options.keys() & set(_COUNTS):
         check_count(name, options[name])
+    if not isinstance(options.get("do_sample", False), bool):
+        raise TypeError(f"do_sample must be a bool, got {type(options['do_sample']).__name__}")
     for name in options.keys() & {*NEUTRAL, "repetition_penalty"}:
         check_option(name, options[name])
         if not isinstance(options[name], numbers.Integral) or name != "top_k":

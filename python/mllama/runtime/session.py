@@ -3,7 +3,6 @@ from turn to turn.
 """
 
 import logging
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from mllama.lora.named import lora_active
 from mllama.nn.adapted import adapter_state
 from mllama.nn.kv_cache import CACHE_DTYPES
-from mllama.runtime.checks import check_count, check_padding, check_room
+from mllama.runtime.checks import check_count, check_ends, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.decode_graph import DecodeGraph
 from mllama.runtime.drafts import make_drafter
@@ -278,14 +277,7 @@ class Session:
             given = self.settings.get("eos_token_id")
         if given is None:
             given = getattr(self.tokenizer, "eos_token_id", None)
-        if given is None:
-            return frozenset()
-        ends: list[Any] = (
-            list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
-        )
-        if not all(isinstance(end, numbers.Integral) and not isinstance(end, bool) for end in ends):
-            raise TypeError(f"eos_token_id must be an int or a list of them, got {given!r}")
-        return frozenset(int(end) for end in ends)
+        return check_ends(given)
 
     def _stop_strings(self, stop: Sequence[str], on_text: Callable | None) -> tuple[str, ...]:
         if not isinstance(stop, (str, list, tuple)):
