@@ -203,6 +203,16 @@ def test_ask_samples_when_told_to(loaded, image_file):
     assert len(answers) > 1
 
 
+def test_a_model_that_accelerate_offloads(model_folder, image_file):
+    accelerate = pytest.importorskip("accelerate")
+    model, processor = mllama.load(model_folder)
+    given = image_file, "How many circles?", model, processor
+    expected = mllama.ask(*given, max_new_tokens=6)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.device.type == "meta"
+    assert mllama.ask(*given, max_new_tokens=6) == expected
+
+
 def test_stop_strings_are_read_by_the_processors_tokenizer(loaded, image_file):
     whole = mllama.ask(image_file, "How many circles?", *loaded, max_new_tokens=12)
     stop = whole[3]

@@ -148,7 +148,9 @@ def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: 
     options = complete_options(generate_kwargs)
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
-    given = {name: value.to(model.device) for name, value in inputs.items()}
+    # Where accelerate has the weights elsewhere between calls, it moves inputs by itself.
+    place = None if model.device.type == "meta" else model.device
+    given = {name: value if place is None else value.to(place) for name, value in inputs.items()}
     given = encode_once(model, given, generate_kwargs.keys() - {"streamer", "stopping_criteria"})
     with torch.inference_mode():
         return model.generate(**given, **options)
