@@ -134,6 +134,12 @@ def train(model, batch):
     [
         lambda model, batch: model.model,
         lambda model, batch: model.generate(batch["input_ids"], max_new_tokens=2),
+        lambda model, batch: model.generate(
+            batch["input_ids"][:1], max_new_tokens=4, prompt_lookup_num_tokens=2
+        ),
+        lambda model, batch: model.generate(
+            batch["input_ids"][:1], max_new_tokens=4, assistant_model=make("llama", seed=1).ours
+        ),
         lambda model, batch: peft.get_peft_model(model, LORA)(**batch),
         train,
     ],
