@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from mllama.nn.plain import HOOKS_OF_ALL
 
 _ROW = 4096  # bytes
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_EVERYWHERE = _global_forward_pre_hooks, _global_forward_hooks  # of all modules
 _KNOWN = ("torch.", "mllama.")  # whose changes are counted, or do not matter
 _BASES = (*_KNOWN, "transformers.", "builtins")  # of this package's classes
 
@@ -41,7 +41,7 @@ def structure(modules: Iterable[nn.Module]) -> tuple:
     libraries' layers, such as PEFT's. To be compared with another one; equal ones are of the same
     objects.
     """
-    found: list[Any] = [tuple(key for hooks in _EVERYWHERE for key in hooks)]
+    found: list[Any] = [tuple(key for hooks in HOOKS_OF_ALL for key in hooks)]
     for part in (inner for module in modules for inner in module.modules()):
         own = vars(part)
         # Ids of hooks are never used again, those of objects are: a reference is of one object.
