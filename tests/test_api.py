@@ -203,6 +203,25 @@ def test_ask_samples_when_told_to(loaded, image_file):
     assert len(answers) > 1
 
 
+def test_a_model_that_accelerate_offloads(model_folder, image_file):
+    accelerate = pytest.importorskip("accelerate")
+    model, processor = mllama.load(model_folder)
+    given = image_file, "How many circles?", model, processor
+    expected = mllama.ask(*given, max_new_tokens=6)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.device.type == "meta"
+    assert mllama.ask(*given, max_new_tokens=6) == expected
+
+
+def test_stop_strings_are_read_by_the_processors_tokenizer(loaded, image_file):
+    whole = mllama.ask(image_file, "How many circles?", *loaded, max_new_tokens=12)
+    stop = whole[3]
+    for questions in ("How many circles?", ["How many circles?"] * 2):
+        answers = mllama.ask(image_file, questions, *loaded, max_new_tokens=12, stop_strings=[stop])
+        for each in [answers] if isinstance(answers, str) else answers:
+            assert len(each) < len(whole) and whole.startswith(each) and stop in each
+
+
 def test_an_answer_ends_where_the_context_does(loaded, image_file):
     inputs = encode(loaded[1], image_file, "a b c d " * 60)
     room = 512 - inputs["input_ids"].shape[1]
@@ -255,6 +274,8 @@ def test_ask_refuses_what_is_no_model_or_no_processor(loaded, image_file):
         ({"temperature": "hot"}, TypeError, "temperature"),
         ({"top_p": "most"}, TypeError, "top_p"),
         ({"top_k": 2.5}, TypeError, "top_k"),
+        ({"do_sample": "no"}, TypeError, "do_sample"),
+        ({"eos_token_id": "</s>"}, TypeError, "eos_token_id"),
     ],
 )
 def test_ask_refuses_options(loaded, image_file, option, error, message):

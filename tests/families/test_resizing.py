@@ -83,3 +83,22 @@ def test_a_head_that_is_called_tied_and_is_not(tmp_path):
     assert torch.equal(
         MllamaForConditionalGeneration.from_pretrained(tmp_path).lm_head.weight, ours.lm_head.weight
     )
+
+
+@pytest.mark.parametrize("family", ["gemma", "paligemma"])
+def test_matrices_that_are_tied_no_more_are_written_each(family, tmp_path):
+    """Where the config alone was changed, both are still the same memory."""
+    both = pairs.make(family)
+    inputs = both.inputs("one row")
+    both.ours.config.tie_word_embeddings = False
+    both.ours.language_model.layers[1].mlp.up_proj.weight = both.ours.language_model.layers[
+        0
+    ].mlp.up_proj.weight
+    with torch.no_grad():
+        expected = both.ours(**inputs).logits
+        both.ours.save_pretrained(tmp_path)
+        read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
+        assert torch.equal(read(**inputs).logits, expected)
+        theirs = type(both.theirs).from_pretrained(tmp_path).eval()
+        tiny.close(theirs(**inputs).logits, expected)
+    assert not read.config.tie_word_embeddings

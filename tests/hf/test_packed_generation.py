@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import pickle
 from unittest import mock
 
@@ -164,6 +165,29 @@ def test_other_ways_are_those_of_transformers(model, caplog):
     with caplog.at_level("DEBUG", logger="mllama"):
         model.generate(torch.tensor([[5, 6, 7]]), **OPTIONS, return_dict_in_generate=True)
     assert "select_token" in caplog.text
+
+
+def negated(model):
+    """The model's class with a forward that changes the logits."""
+
+    class Negated(type(model)):
+        @functools.wraps(type(model).forward)
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = -output.logits
+            return output
+
+    return Negated
+
+
+def test_a_subclass_runs_its_own_forward(model):
+    other = copy.deepcopy(model)
+    other.__class__ = negated(model)
+    tokens = other.generate(**inputs(), **OPTIONS)
+    hooked = copy.deepcopy(model)
+    hooked.lm_head.register_forward_hook(lambda module, args, output: -output)
+    assert torch.equal(tokens, hooked.generate(**inputs(), **OPTIONS))
+    assert not torch.equal(tokens, model.generate(**inputs(), **OPTIONS))
 
 
 def test_scores(model):

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache
 
@@ -308,6 +309,107 @@ def test_a_short_prompt_after_another_notices_changes_too():
         cache = DynamicCache()
         model.generate(torch.tensor([first]), past_key_values=cache, max_new_tokens=3)
     assert calls.call_count == 0
+
+
+class Around(nn.Module):
+    """A module in place of another, which it calls. It has the other's attributes if asked."""
+
+    def __init__(self, inner, change, delegates):
+        super().__init__()
+        self.inner, self.change, self.delegates = inner, change, delegates
+
+    def forward(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        if isinstance(output, tuple):
+            return self.change(output[0]), *output[1:]
+        return self.change(output)
+
+    def __getattr__(self, name):
+        if name in self._modules or not self.delegates:
+            return super().__getattr__(name)
+        return getattr(self._modules["inner"], name)
+
+
+def around(part, delegates):
+    def edit(model):
+        owner, _, name = part.rpartition(".")
+        owner = model.language_model.get_submodule(owner)
+        setattr(owner, name, Around(getattr(owner, name), lambda x: -3 * x.flip(-1), delegates))
+
+    return edit
+
+
+def of_another_class(model):
+    class Flipped(type(model.language_model.layers[0].mlp)):
+        def forward(self, x):
+            return -3 * super().forward(x)
+
+    model.language_model.layers[0].mlp.__class__ = Flipped
+
+
+def swapped(model):
+    layers = model.language_model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def without_the_last(model):
+    model.language_model.layers = model.language_model.layers[:-1]
+
+
+def fewer(model):
+    model.config.num_hidden_layers = 1
+
+
+def without_a_norm(model):
+    model.language_model.norm = nn.Identity()
+
+
+PARTS = ["layers.1", "layers.0.mlp", "layers.0.self_attn", "layers.0.input_layernorm"]
+EDITS = {
+    f"{part}, {delegates}": around(part, delegates) for part in PARTS for delegates in (True, False)
+}
+EDITS |= {
+    edit.__name__: edit
+    for edit in (of_another_class, swapped, without_a_norm, without_the_last, fewer)
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_modules_in_place_of_others_are_run(edit):
+    models = [copy.deepcopy(pairs.pair("llama").ours) for _ in range(2)]
+    models[1] = optimize(models[1], "f32")
+    inputs = pairs.pair("llama").inputs()
+    options = {"max_new_tokens": 8, "pad_token_id": 0}
+    before = models[0].generate(**inputs, **options)
+    for model in models:
+        model.generate(**inputs, **options)
+        edit(model)
+    expected = models[0].generate(**inputs, **options, use_cache=False)
+    assert not torch.equal(expected, before)
+    with counted_steps() as calls:
+        for model in models:
+            assert torch.equal(model.generate(**inputs, **options), expected)
+    assert not calls.call_count
+
+
+def test_hooks_of_all_modules_are_run():
+    model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
+    inputs, kind = pairs.pair("llama").inputs(), type(model.language_model.layers[0].mlp)
+    options = {"max_new_tokens": 8, "pad_token_id": 0}
+    before = model.generate(**inputs, **options)
+
+    def triple(module, args, output):
+        return -3 * output if type(module) is kind else None
+
+    hook = nn.modules.module.register_module_forward_hook(triple)
+    try:
+        changed = model.generate(**inputs, **options)
+    finally:
+        hook.remove()
+    for layer in model.language_model.layers:
+        layer.mlp.register_forward_hook(triple)
+    assert torch.equal(changed, model.generate(**inputs, **options))
+    assert not torch.equal(changed, before)
 
 
 @pytest.mark.parametrize("positions", [torch.tensor([[6.5]]), torch.tensor([[True]])])

@@ -2,6 +2,8 @@
 
 import peft
 import pytest
+import torch
+from torch import nn
 
 import tiny
 from mllama.runtime.session import Session
@@ -22,6 +24,41 @@ def test_hooks(part):
         assert not same_bits(answers[-1], answers[-2])
         hook.remove()
     assert same_bits(logits(session, inputs), answers[0])
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower.encoder"])
+def test_hooks_of_all_modules_and_other_classes(part):
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    session = Session(model)
+    mlp = model.get_submodule(f"{part}.layers.0.mlp")
+    plain = logits(session, inputs)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if module is mlp else None
+    )
+    doubled = logits(session, inputs)
+    hook.remove()
+    assert not same_bits(doubled, plain) and same_bits(logits(session, inputs), plain)
+
+    class Doubled(type(mlp)):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    mlp.__class__ = Doubled
+    assert same_bits(logits(session, inputs), doubled)
+
+
+def test_autocast_and_another_dtype():
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    session = Session(model)
+    plain = logits(session, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = logits(session, inputs)
+        assert same_bits(cast, logits(Session(model), inputs)) and not same_bits(cast, plain)
+    assert same_bits(logits(session, inputs), plain)
+    model.bfloat16()
+    assert same_bits(logits(session, inputs), logits(Session(model), inputs))
 
 
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])

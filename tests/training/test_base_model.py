@@ -72,6 +72,29 @@ def test_it_holds_the_models_own_modules():
     assert not model.eval().base_model.training and model.train().base_model.training
 
 
+def test_its_children_are_replaced_in_the_model():
+    model, ids = make("llama").ours, torch.tensor([tiny.tokens(4)])
+    base, other = model.model, make("llama", seed=1).ours.language_model
+    base.language_model = other
+    assert model.language_model is other is model.model.language_model
+    base.add_module("probe", nn.Linear(64, 2))
+    base.other = nn.Linear(2, 2)
+    assert {"probe.weight", "other.weight"} <= model.state_dict().keys()
+    del base.probe, base.other
+    assert torch.equal(base(ids).last_hidden_state, other(ids).last_hidden_state)
+    assert [name for name, _ in model.named_children()] == ["language_model", "lm_head"]
+
+
+@pytest.mark.parametrize("name", ["model", "base_model"])
+def test_it_is_not_replaced(name):
+    model = make("llama").ours
+    for other in (torch.compile(model.model, backend="eager"), nn.Identity(), None):
+        with pytest.raises(AttributeError, match=f"{name} is a view"):
+            setattr(model, name, other)
+    model.model = model.model
+    assert [child for child, _ in model.named_children()] == ["language_model", "lm_head"]
+
+
 def test_copies_have_their_own():
     model = make("llama").ours
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -111,6 +134,12 @@ def train(model, batch):
     [
         lambda model, batch: model.model,
         lambda model, batch: model.generate(batch["input_ids"], max_new_tokens=2),
+        lambda model, batch: model.generate(
+            batch["input_ids"][:1], max_new_tokens=4, prompt_lookup_num_tokens=2
+        ),
+        lambda model, batch: model.generate(
+            batch["input_ids"][:1], max_new_tokens=4, assistant_model=make("llama", seed=1).ours
+        ),
         lambda model, batch: peft.get_peft_model(model, LORA)(**batch),
         train,
     ],

@@ -176,14 +176,17 @@ def _save_aligned(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    """Write a safetensors file, with metadata in addition to `format`."""
+    """Write a safetensors file, with metadata in addition to `format`. Tensors that are the same
+    memory are written each: the file has no place for what they share.
+    """
+    written: dict[int, str] = {}
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for name, tensor in plain.items():
+        if written.setdefault(tensor.data_ptr(), name) != name:  # which the library refuses
+            plain[name] = tensor.clone()
     path.touch()
     mode = path.stat().st_mode  # follows the umask; safetensors' own file is private to the owner
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt"} | metadata,
-    )
+    save_file(plain, path, metadata={"format": "pt"} | metadata)
     path.chmod(mode)
 
 

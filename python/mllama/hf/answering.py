@@ -23,7 +23,7 @@ from mllama.hf.arguments import nearest
 from mllama.hf.encoded_images import encode_once
 from mllama.lora.named import lora_active
 from mllama.nn.checks import check_count
-from mllama.runtime.checks import check_room
+from mllama.runtime.checks import check_ends, check_room
 from mllama.runtime.completion import Completion, Generation
 from mllama.runtime.progress import DECODE, PROMPT, Progress, Stages, check_progress
 from mllama.runtime.questions import tokenizer_of
@@ -76,7 +76,8 @@ class GenerateSession:
         Args:
             adapter: as `Session.generate` takes it, of a model of this package.
             generate_kwargs: options of transformers' `generate`. Default: at most 128 new tokens,
-                greedy; temperature, top_k, top_p or min_p turn sampling on.
+                greedy; temperature, top_k, top_p or min_p turn sampling on. stop_strings are read
+                by the processor's tokenizer.
 
         Raises:
             TypeError: an option has the wrong type, or `generate` has no such option.
@@ -92,6 +93,9 @@ class GenerateSession:
         criteria = StoppingCriteriaList(generate_kwargs.pop("stopping_criteria", None) or [])
         criteria.append(_Steps(stages, rows, prompt))
         generate_kwargs["stopping_criteria"] = criteria
+        ends = self._ends(generate_kwargs)
+        if generate_kwargs.get("stop_strings") is not None:
+            generate_kwargs.setdefault("tokenizer", self.tokenizer)
         stages.begin(PROMPT, rows * prompt)
         try:
             with nullcontext() if adapter is None else lora_active(self.model, adapter):
@@ -108,7 +112,6 @@ class GenerateSession:
                     "generation_config must leave num_return_sequences at 1: every question has "
                     "one answer"
                 )
-            ends = self._ends(generate_kwargs)
             result.completions = [self._complete(row[prompt:].tolist(), ends) for row in sequences]
             if on_text is not None and streamer is None:
                 for index, completion in enumerate(result.completions):
@@ -135,7 +138,7 @@ class GenerateSession:
         settings = generate_kwargs.get("generation_config") or self.model.generation_config
         ends = generate_kwargs.get("eos_token_id")
         ends = settings.eos_token_id if ends is None else ends
-        return frozenset([] if ends is None else torch.as_tensor(ends).reshape(-1).tolist())
+        return check_ends(ends.tolist() if isinstance(ends, torch.Tensor) else ends)
 
 
 def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> Any:
@@ -146,7 +149,9 @@ def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: 
     options = complete_options(generate_kwargs)
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
-    given = {name: value.to(model.device) for name, value in inputs.items()}
+    # Where accelerate has the weights elsewhere between calls, it moves inputs by itself.
+    place = None if model.device.type == "meta" else model.device
+    given = {name: value if place is None else value.to(place) for name, value in inputs.items()}
     given = encode_once(model, given, generate_kwargs.keys() - {"streamer", "stopping_criteria"})
     with torch.inference_mode():
         return model.generate(**given, **options)
@@ -167,6 +172,8 @@ def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
     check_known(options)
     for name in options.keys() & set(_COUNTS):
         check_count(name, options[name])
+    if not isinstance(options.get("do_sample", False), bool):
+        raise TypeError(f"do_sample must be a bool, got {type(options['do_sample']).__name__}")
     for name in options.keys() & {*NEUTRAL, "repetition_penalty"}:
         check_option(name, options[name])
         if not isinstance(options[name], numbers.Integral) or name != "top_k":

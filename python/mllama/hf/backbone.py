@@ -50,6 +50,26 @@ class Backbone(nn.Module):
         self.training = self.owner.training
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's, but a child that is set or replaced here is the model's."""
+        if isinstance(value, nn.Module):
+            setattr(self.owner, name, value)
+            self.follow()
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._modules:
+            delattr(self.owner, name)
+            self.follow()
+        else:
+            super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As torch's, to the model."""
+        self.owner.add_module(name, module)
+        self.follow()
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"owner": self.owner}
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import weakref
 from typing import Any, Literal, overload
 
 import torch
@@ -260,7 +261,9 @@ class MllamaGenerationMixin(GenerationMixin):
         if assistant is not None:
             kwargs["model_kwargs"] = taken_by(assistant, given)
         generator = super()._get_candidate_generator(generation_config, input_ids, *args, **kwargs)
-        propose, stops = generator.get_candidates, self._placeholder_ids(input_ids, given)
+        # Weakly: the generator keeps what follows, and that this model.
+        propose = weakref.WeakMethod(generator.get_candidates)
+        stops = self._placeholder_ids(input_ids, given)
         blind = (
             isinstance(generator, PromptLookupCandidateGenerator)
             or kwargs["model_kwargs"].keys() != given.keys()
@@ -271,7 +274,7 @@ class MllamaGenerationMixin(GenerationMixin):
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             no_text = torch.isin(input_ids, stops) | (input_ids >= self.lm_head.out_features)
             # A lookup uses its candidates as indices of logits.
-            proposed, logits = propose(
+            proposed, logits = propose()(  # who calls this keeps it
                 input_ids.masked_fill(no_text, 0) if blind else input_ids, *args, **kwargs
             )
             new = proposed[:, input_ids.shape[1] :].to(input_ids.device)

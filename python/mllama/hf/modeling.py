@@ -88,6 +88,21 @@ class MllamaForConditionalGeneration(
         """
         return backbone_of(self, MllamaForConditionalGeneration.forward)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's.
+
+        Raises:
+            AttributeError: `model` or `base_model` would be another module, which no call would
+                run.
+        """
+        if name not in ("model", "base_model"):
+            super().__setattr__(name, value)
+        elif value is not self.model:
+            raise AttributeError(
+                f"{name} is a view of this model and cannot be replaced: replace its parts, such "
+                "as language_model, or compile the model by its own compile()"
+            )
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RMSNorm) and module.offset:

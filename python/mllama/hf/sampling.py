@@ -1,6 +1,6 @@
 """transformers' loop of sampling, with the token selected by one operator."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 from mllama.fusion.base import ModelInputs
 from mllama.hf.cache import TransformersCache
 from mllama.hf.compat import CACHE_NAME
+from mllama.nn.plain import is_plain
 from mllama.runtime.sampler import COLDEST, Sampler, Sampling
 
 # In transformers' order, with the attribute that is an option of `Sampling`.
@@ -27,6 +28,8 @@ _OPTIONS = {
     TopPLogitsWarper: ("top_p", "top_p"),
     MinPLogitsWarper: ("min_p", "min_p"),
 }
+
+_CALLED = ("forward", "prepare_inputs_for_generation")  # what `sample` does without after a prompt
 
 
 def split_processors(
@@ -58,13 +61,23 @@ def find_loop_obstacle(model: Any, generation_config: Any, synced_gpus: bool) ->
     if not generation_config.use_cache:
         return "use_cache=False"
     prepares = getattr(model.prepare_inputs_for_generation, "__self__", model) is model
-    if not prepares or model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
-        return "the model has hooks, or another forward than its class"
+    if not (prepares and is_plain(model, type(model)) and all(map(_is_own(model), _CALLED))):
+        return "the model has hooks, or methods of its own"
     if generation_config.return_dict_in_generate:
         return "return_dict_in_generate"
     if synced_gpus:
         return "synced_gpus"
     return "an assistant" if getattr(generation_config, "is_assistant", False) else None
+
+
+def _is_own(model: Any) -> Callable[[str], bool]:
+    """Whether a method of the model is this package's, not a subclass's, which may do more."""
+
+    def is_own(method: str) -> bool:
+        owner = next(kind for kind in type(model).__mro__ if method in vars(kind))
+        return owner.__module__.startswith("mllama.")
+
+    return is_own
 
 
 def sample(

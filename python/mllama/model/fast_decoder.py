@@ -3,6 +3,7 @@ adapters or without, as `decode_step` (csrc/decode) reads it.
 """
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,14 +12,19 @@ from torch import nn
 from mllama import _ext
 from mllama.config.spec import TextSpec
 from mllama.fusion.base import DecoderInputs, ModelInputs
-from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
+from mllama.fusion.cross_attention import CrossAttention, CrossAttentionDecoderLayer
 from mllama.nn.adapted import AdaptedLinear, LowRank, adapter_state
+from mllama.nn.attention import CausalAttention
 from mllama.nn.cache import Cache
+from mllama.nn.mlp import GatedMLP
+from mllama.nn.norm import RMSNorm
 from mllama.nn.packed import PackedLinear
+from mllama.nn.plain import all_plain, is_plain
+from mllama.nn.rope import RotaryEmbedding
 from mllama.ops._dispatch import use_kernel
 from mllama.ops.decode import decode_step
 from mllama.ops.packed_layout import PACKINGS
-from mllama.text.decoder import count_positions
+from mllama.text.decoder import Decoder, DecoderLayer, count_positions
 
 _ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 MAX_ROWS = 16
@@ -142,6 +148,8 @@ def find_obstacle(decoder: nn.Module) -> str | None:
     """Why a decoder cannot run by `decode_step`; None where it can."""
     if _ext.disabled():
         return "the compiled operators are disabled"
+    if not _is_as_built(decoder):
+        return "a module of it has a hook, or is another one than it was built with"
     spec: TextSpec = decoder.config
     if spec.hidden_act not in _ACTIVATIONS:
         return f"its activation is {spec.hidden_act}"
@@ -149,7 +157,7 @@ def find_obstacle(decoder: nn.Module) -> str | None:
         return f"its heads are {spec.head_dim} wide, more than 256"
     for group in (group for layer in decoder.layers for group in _linears(layer)):
         bases = [_base(linear) for linear in group]
-        if not all(isinstance(base, PackedLinear) for base in bases):
+        if not all(is_plain(base, PackedLinear) for base in bases):
             return "not all of its linear layers are packed"
         if len({PACKINGS[base.packing].quantized for base in bases}) > 1:
             return "linear layers with the same input differ in how they are packed"
@@ -163,13 +171,37 @@ def find_obstacle(decoder: nn.Module) -> str | None:
         return f"it is on several devices: {', '.join(sorted(map(str, devices)))}"
     if not use_kernel("decode", decoder.norm.weight):
         return f"there is no kernel for {decoder.norm.weight.device}"
-    if any(_is_watched(module) for module in decoder.modules()):
-        return "a module of it has a hook, or another forward than its class"
     return None
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+def _is_as_built(decoder: nn.Module) -> bool:
+    """Whether calls of its modules do what the modules that it was built with do, and all of its
+    layers run, in their order.
+    """
+    if not all(is_plain(module, kind) for module, kind in _parts(decoder)):
+        return False
+    places = [_attention(layer).layer_idx for layer in decoder.layers]
+    return places == list(range(decoder.config.num_hidden_layers)) and all_plain(decoder)
+
+
+def _parts(decoder: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """The modules that `decode_step` stands for, beside linear layers, and what built ones are. To
+    be read as far as they are so: others need not have such parts.
+    """
+    yield decoder, Decoder
+    yield decoder.norm, RMSNorm
+    for rotary in decoder.rotary:
+        yield rotary, RotaryEmbedding
+    for layer, own in zip(decoder.layers, decoder.config.layers, strict=False):
+        crossed = own.attention == "cross"
+        yield layer, CrossAttentionDecoderLayer if crossed else DecoderLayer
+        yield _attention(layer), CrossAttention if crossed else CausalAttention
+        yield layer.mlp, GatedMLP
+        yield from ((norm, RMSNorm) for norm in _norms(layer) if norm is not None)
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    return layer.cross_attn if isinstance(layer, CrossAttentionDecoderLayer) else layer.self_attn
 
 
 def _base(linear: nn.Module) -> Any:
@@ -225,7 +257,7 @@ def _describe(decoder: nn.Module) -> tuple[list[torch.Tensor], list[int], list[f
     numbers = [spec.rms_norm_eps, spec.norm_offset]
     device = decoder.norm.weight.device
     tensors += [_floats(rotary.frequencies.to(device)) for rotary in decoder.rotary]
-    for layer, own, rope in zip(decoder.layers, spec.layers, decoder.rope_of_layer, strict=True):
+    for layer, own, rope in zip(decoder.layers, spec.layers, decoder.rope_of_layer, strict=False):
         sizes += [own.attention == "cross", rope, own.window or 0]
         numbers += [spec.head_dim**-0.5 if own.scale is None else own.scale, own.softcap or 0.0]
         numbers += _gates(layer)

@@ -114,7 +114,9 @@ class VisionLanguageModel(nn.Module):
             images * tiles * patches, hidden]; and the encoder's attentions if requested.
         """
         spec = self.spec
-        features, attentions = self.vision_tower.read(
+        # Called by its class: what wraps the encoder (torch.compile) is called, not gone around.
+        features, attentions = ENCODERS[spec.encoder].read(  # type: ignore[index]
+            self.vision_tower,
             inputs.pixel_values,
             inputs.aspect_ratio_ids,
             inputs.aspect_ratio_mask,

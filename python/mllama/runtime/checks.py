@@ -1,6 +1,24 @@
 """Checks of a session's arguments."""
 
+import numbers
+from typing import Any
+
 import torch
+
+
+def check_ends(given: Any) -> frozenset[int]:
+    """The ids of eos_token_id: an id, several, or None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if given is None:
+        return frozenset()
+    several = isinstance(given, (list, tuple, set, frozenset))
+    ends: list[Any] = list(given) if several else [given]
+    if not all(isinstance(end, numbers.Integral) and not isinstance(end, bool) for end in ends):
+        raise TypeError(f"eos_token_id must be an int or a list of them, got {given!r}")
+    return frozenset(int(end) for end in ends)
 
 
 def check_room(context: int, prompt: int) -> int:

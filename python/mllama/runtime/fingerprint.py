@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllama.nn.plain import HOOKS_OF_ALL
+
 _ROW = 4096  # bytes
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _KNOWN = ("torch.", "mllama.")  # whose changes are counted, or do not matter
@@ -35,16 +37,18 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
 
 def structure(modules: Iterable[nn.Module]) -> tuple:
     """What calls of modules run beside their weights: which modules these are, with all in them;
-    their hooks and overridden forwards; and the switches of other libraries' layers, such as
-    PEFT's. To be compared with another one; equal ones are of the same objects.
+    their classes, hooks and overridden forwards; hooks of all modules; and the switches of other
+    libraries' layers, such as PEFT's. To be compared with another one; equal ones are of the same
+    objects.
     """
-    found: list[Any] = []
+    found: list[Any] = [tuple(key for hooks in HOOKS_OF_ALL for key in hooks)]
     for part in (inner for module in modules for inner in module.modules()):
         own = vars(part)
         # Ids of hooks are never used again, those of objects are: a reference is of one object.
         hooks = [key for name in _HOOKS for key in own[name]]
         switches = str(_settings(part)) if is_foreign(part) else ""
-        found.append((weakref.ref(part), tuple(hooks), id(own.get("forward")), switches))
+        kind, forward = type(part), id(own.get("forward"))
+        found.append((weakref.ref(part), kind, tuple(hooks), forward, switches))
     return tuple(found)
 
 

@@ -73,8 +73,8 @@ class ImageReader:
         else:
             each = self._count(ids, len(pixels))
         # given: [images, 1, ...] of tiled images, else [images, ...]
-        features, arithmetic = choose_features(spec), _arithmetic(pixels.device.type)
-        settings = f"{spec} {features} {self.model.reference} {arithmetic}".encode()
+        features, numbers = choose_features(spec), arithmetic(pixels.device.type)
+        settings = f"{spec} {features} {self.model.reference} {numbers}".encode()
         each_image = [
             {name: value[i : i + 1] for name, value in given.items()}
             for i in range(len(given["pixel_values"]))
@@ -225,8 +225,8 @@ class ImageReader:
         return tuple(one.contiguous() for pair in stored.image_keys().values() for one in pair)
 
 
-def _arithmetic(device: str) -> tuple:
-    """What rounds an encoder's values beside its weights."""
+def arithmetic(device: str) -> tuple:
+    """What rounds a model's values beside its weights."""
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return instruction_set(device), cast, torch.get_float32_matmul_precision()
 

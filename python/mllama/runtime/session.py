@@ -3,7 +3,6 @@ from turn to turn.
 """
 
 import logging
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,13 +13,13 @@ from mllama.lora.named import lora_active
 from mllama.nn.adapted import adapter_state
 from mllama.nn.checks import check_count
 from mllama.nn.kv_cache import CACHE_DTYPES
-from mllama.runtime.checks import check_padding, check_room
+from mllama.runtime.checks import check_ends, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.decode_graph import DecodeGraph
 from mllama.runtime.drafts import make_drafter
 from mllama.runtime.fingerprint import structure
 from mllama.runtime.image_cache import ImageCache
-from mllama.runtime.images import IMAGE_INPUTS
+from mllama.runtime.images import IMAGE_INPUTS, arithmetic
 from mllama.runtime.passes import Passes
 from mllama.runtime.prefill import PromptCache
 from mllama.runtime.progress import DECODE, Progress, Stages, check_progress
@@ -40,8 +39,8 @@ class Session:
     """Generates with a model. What was computed is reused: of the last prompt the next one computes
     only what differs, such as a chat's next turn; the start that all rows of a batch have in common
     is computed once, and so is every image. After changing the model's weights, call
-    `reset`. Hooks are noticed, and so are adapters, this package's and PEFT's, when they are
-    attached, loaded, replaced, switched or merged.
+    `reset`. Hooks, another dtype or device, and autocast are noticed, and so are adapters, this
+    package's and PEFT's, when they are attached, loaded, replaced, switched or merged.
 
     Args:
         model: a `VisionLanguageModel` in eval mode.
@@ -146,7 +145,9 @@ class Session:
 
     def _look(self) -> tuple:
         """What the cached prompt was computed with, beside weights."""
-        return adapter_state(), structure([self.model])
+        first = next(self.model.parameters())
+        numbers = first.dtype, first.device, *arithmetic(first.device.type)
+        return adapter_state(), structure([self.model]), numbers
 
     @torch.inference_mode()
     def generate(
@@ -277,14 +278,7 @@ class Session:
             given = self.settings.get("eos_token_id")
         if given is None:
             given = getattr(self.tokenizer, "eos_token_id", None)
-        if given is None:
-            return frozenset()
-        ends: list[Any] = (
-            list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
-        )
-        if not all(isinstance(end, numbers.Integral) and not isinstance(end, bool) for end in ends):
-            raise TypeError(f"eos_token_id must be an int or a list of them, got {given!r}")
-        return frozenset(int(end) for end in ends)
+        return check_ends(given)
 
     def _stop_strings(self, stop: Sequence[str], on_text: Callable | None) -> tuple[str, ...]:
         if not isinstance(stop, (str, list, tuple)):

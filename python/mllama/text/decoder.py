@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         """The layers and the norm, on embeddings; `context` is every layer's."""
         tables = [rotary(position_ids) for rotary in self.rotary]
         states, attentions = [], []
-        layers = zip(self.layers, self.rope_of_layer, strict=True)
+        layers = zip(self.layers, self.rope_of_layer, strict=False)  # some may be taken out
         for layer, rope in islice(layers, self.config.num_hidden_layers):
             if output_hidden_states:
                 states.append(hidden_states)
