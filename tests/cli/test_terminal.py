@@ -1,5 +1,6 @@
 """The status line of `ask` and `chat`, on pseudo-terminals."""
 
+import gc
 import os
 import re
 import signal
@@ -119,6 +120,19 @@ def test_an_error_clears_the_line(run, options, image_file, monkeypatch, termina
     monkeypatch.setattr(sys, "stderr", terminal.file)
     assert run("ask", image_file, "How many?", *options)[0] == 2
     assert terminal.screen() == ["mllama: error: no memory for this", ""]
+
+
+def test_ctrl_c_while_the_line_is_made(run, options, image_file, monkeypatch, terminal):
+    def interrupted(line, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    monkeypatch.setattr("tqdm.std.tqdm.refresh", interrupted)
+    monkeypatch.setattr(sys, "stderr", terminal.file)
+    assert run("ask", image_file, "How many?", *options)[0] == 130
+    gc.collect()
+    assert terminal.screen() == [""] and not lost
 
 
 SLOW = """

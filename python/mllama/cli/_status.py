@@ -68,6 +68,11 @@ def _open_line(stage: str, done: int, total: int) -> Any:
         # No thread: after a Ctrl-C in the middle of a line it would wait for its lock forever.
         monitor_interval = 0
 
+        def __del__(self) -> None:
+            """Nothing: lines are closed by `clear`. tqdm's would close one that Ctrl-C left half
+            made, which prints an error, and would lose a Ctrl-C that comes meanwhile.
+            """
+
     form = _FORMATS[stage] if total or stage == DECODE else _FORMATS[stage].split(" {")[0]
     columns, lines = shutil.get_terminal_size()  # tqdm shows nothing where the size is not known
     return Line(

@@ -23,6 +23,15 @@ class PeftConfigMixin:
         self.__dict__["_peft_config"] = configs
         adopt(self)  # type: ignore[arg-type]
 
+    @property
+    def has_peft_layers(self) -> bool:
+        """Whether layers of PEFT's are in place. PEFT before 0.19 leaves the attribute behind."""
+        if "_peft_config" not in self.__dict__:
+            return False
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return any(isinstance(module, BaseTunerLayer) for module in self.modules())  # type: ignore
+
     @peft_config.deleter
     def peft_config(self) -> None:
         self.__dict__.pop("_peft_config", None)
