@@ -1,5 +1,7 @@
 """Several adapters in one model."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,12 @@ def say(model: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     return model(IDS).logits
+
+
+def say_what(model: nn.Module, name: str | None) -> torch.Tensor:
+    """The logits of an adapter."""
+    with mllama.lora_active(model, name):
+        return logits(model)
 
 
 @pytest.fixture
@@ -67,6 +75,28 @@ def test_contexts_nest_and_restore(two):
     assert torch.equal(logits(model), expected["b"]) and not frozen.requires_grad
     with pytest.raises(RuntimeError, match="stop"), mllama.lora_active(model, "a"):
         raise RuntimeError("stop")
+    assert torch.equal(logits(model), expected["b"])
+
+
+def in_thread(call):
+    """What a call in another thread returns or raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_threads_take_turns(two):
+    model, expected = two
+    with mllama.lora_active(model, "b"):  # in use already: whoever needs it may come
+        assert torch.equal(in_thread(lambda: say_what(model, "b")), expected["b"])
+        calls = [lambda name=name: say_what(model, name) for name in ("a", None)]
+        for call in (*calls, lambda: mllama.activate_lora(model, "a")):
+            with pytest.raises(RuntimeError, match="another thread"):
+                in_thread(call)
+        assert torch.equal(logits(model), expected["b"])
+    for context in (mllama.lora_active(model, "a"), mllama.lora_disabled(model)):
+        with context, pytest.raises(RuntimeError, match="another thread"):
+            in_thread(lambda: say_what(model, "b"))
+    assert torch.equal(in_thread(lambda: say_what(model, "a")), expected["a"])
     assert torch.equal(logits(model), expected["b"])
 
 

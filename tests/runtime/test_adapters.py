@@ -1,5 +1,7 @@
 """Sessions that answer each request with another adapter: nothing of one is used for another."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -147,3 +149,20 @@ class _Tokenizer:
 
     def decode(self, ids, **options):
         return " ".join(map(str, ids))
+
+
+def test_threads_take_turns():
+    from mllama.hf.answering import GenerateSession
+
+    model, inputs = pairs.make("llama").ours, pair("llama").inputs("one row")
+    for name in ("a", "b"):
+        mllama.adapt(model, "attn", name=name)
+    for session in (Session(model), GenerateSession(model, _Tokenizer())):
+        expected = said(session, inputs)
+        with ThreadPoolExecutor(1) as pool:
+            for adapter in (None, "a", "b"):
+                with mllama.lora_active(model, "a"):
+                    call = pool.submit(said, session, inputs, adapter=adapter)
+                    with pytest.raises(RuntimeError, match="another thread"):
+                        call.result()
+            assert pool.submit(said, session, inputs, adapter="b").result() == expected

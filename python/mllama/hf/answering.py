@@ -6,7 +6,6 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers import (
 from mllama.hf.arguments import nearest
 from mllama.hf.encoded_images import encode_once
 from mllama.lora.named import lora_active
+from mllama.lora.turns import turn
 from mllama.nn.checks import check_count
 from mllama.runtime.checks import check_ends, check_room
 from mllama.runtime.completion import Completion, Generation
@@ -98,7 +98,7 @@ class GenerateSession:
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
         stages.begin(PROMPT, rows * prompt)
         try:
-            with nullcontext() if adapter is None else lora_active(self.model, adapter):
+            with turn(self.model) if adapter is None else lora_active(self.model, adapter):
                 sequences = generate(self.model, inputs, **generate_kwargs)
         except KeyboardInterrupt:
             if not interruptible or streamer is None:

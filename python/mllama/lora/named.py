@@ -12,6 +12,7 @@ from mllama.lora.adapter import Options, check_name, parts_of
 from mllama.lora.convert import put_adapters, use_adapter
 from mllama.lora.layer import Linear_LORA, active_name, lora_layers, needed_lora_layers
 from mllama.lora.state import lora_disabled
+from mllama.lora.turns import turn
 from mllama.nn.adapted import adapter_state, name_state, note_change, return_to_state
 from mllama.nn.wrappers import is_sharded
 
@@ -36,11 +37,13 @@ def activate_lora(model: nn.Module, name: str) -> None:
         TypeError: model is not a module, or name not a str.
         ValueError: the model has no adapter of that name; an adapter is merged; the model is
             sharded over processes.
+        RuntimeError: another thread relies on the adapter in use, within `lora_active` or a call.
     """
     _check(model, name)
     if is_sharded(model):
         raise ValueError("this model is sharded: activate an adapter before sharding")
-    use_adapter(model, name)
+    with turn(model, lambda: name != active_name(model)):
+        use_adapter(model, name)
 
 
 @contextmanager
@@ -52,33 +55,36 @@ def lora_active(model: nn.Module, name: str | None) -> Iterator[None]:
 
     Raises:
         TypeError, ValueError: as `activate_lora`.
+        RuntimeError: another thread is within such a context of another adapter.
     """
     if name is None:
         with lora_disabled(model):
             yield
         return
-    layers, before = _check(model, name), active_name(model)
-    if name == before:
-        yield
-        return
-    trained = {
-        parameter: parameter.requires_grad
-        for layer in layers.values()
-        for adapter in layer.adapters().values()
-        for parameter in parts_of(adapter).values()
-    }
-    outside = adapter_state()
-    activate_lora(model, name)
-    inside = name_state(outside, (id(model), name))
-    try:
-        yield
-    finally:
-        unchanged = adapter_state() == inside
-        activate_lora(model, str(before))
-        for parameter, requires_grad in trained.items():
-            parameter.requires_grad_(requires_grad)
-        if unchanged:
-            return_to_state(outside)
+    layers = _check(model, name)
+    with turn(model, lambda: name != active_name(model)):
+        before = active_name(model)
+        if name == before:
+            yield
+            return
+        trained = {
+            parameter: parameter.requires_grad
+            for layer in layers.values()
+            for adapter in layer.adapters().values()
+            for parameter in parts_of(adapter).values()
+        }
+        outside = adapter_state()
+        activate_lora(model, name)
+        inside = name_state(outside, (id(model), name))
+        try:
+            yield
+        finally:
+            unchanged = adapter_state() == inside
+            activate_lora(model, str(before))
+            for parameter, requires_grad in trained.items():
+                parameter.requires_grad_(requires_grad)
+            if unchanged:
+                return_to_state(outside)
 
 
 def combine_lora(

@@ -7,6 +7,7 @@ from typing import TypeVar, overload
 from torch import nn
 
 from mllama.lora.layer import Linear_LORA, needed_lora_layers
+from mllama.lora.turns import turn
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -45,15 +46,18 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: model is not a module.
         ValueError: it has no LoRA layers.
+        RuntimeError: another thread is within such a context, or `lora_active`.
     """
-    before = [(layer, layer.enabled) for layer in needed_lora_layers(model).values()]
-    try:
-        for layer, _ in before:
-            layer.enabled = False
-        yield
-    finally:
-        for layer, enabled in before:
-            layer.enabled = enabled
+    layers = needed_lora_layers(model).values()
+    with turn(model, lambda: any(layer.enabled for layer in layers)):
+        before = [(layer, layer.enabled) for layer in layers]
+        try:
+            for layer in layers:
+                layer.enabled = False
+            yield
+        finally:
+            for layer, enabled in before:
+                layer.enabled = enabled
 
 
 def merge_lora(model: nn.Module) -> None:

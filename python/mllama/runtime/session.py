@@ -4,12 +4,12 @@ from turn to turn.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from mllama.lora.named import lora_active
+from mllama.lora.turns import turn
 from mllama.nn.adapted import adapter_state
 from mllama.nn.checks import check_count
 from mllama.nn.kv_cache import CACHE_DTYPES
@@ -189,7 +189,7 @@ class Session:
         if self._running:
             raise RuntimeError("generate: this session generates already; use another session")
         check_count("max_new_tokens", max_new_tokens)
-        with nullcontext() if adapter is None else lora_active(self.model, adapter):
+        with turn(self.model) if adapter is None else lora_active(self.model, adapter):
             if self._state != self._look():  # what is cached is of other adapters, modules or hooks
                 self.reset()
             self._stages = Stages(self.progress)
