@@ -235,7 +235,8 @@ bool pack_q6_k(const Row& row) {
             fits[i] = fit_centered(row.values + i * kHalf, kHalf, 32);
         uint8_t* header = row.header_bytes(first);
         int64_t count = std::max<int64_t>(2 * (last - first), 1);
-        write_f16_above(header, row.lane, extreme(&fits[2 * first], count) / -128);
+        // + 0: no -0, whose sign compilers keep or not.
+        write_f16_above(header, row.lane, extreme(&fits[2 * first], count) / -128 + 0.f);
         float d = read_f16(header, row.lane);
         if (!std::isfinite(d)) return false;
         for (int64_t g = first; g < last; ++g) {

@@ -98,7 +98,7 @@ def _quantize_q6_k(w: torch.Tensor, span: int) -> Numbers:
     """Scales of 16 inputs as multiples, -128 to 127, of the one in the header."""
     halves = w.unflatten(3, (2, -1))
     fits = fit_centered(halves, 32)  # (blocks, lanes, groups, 2)
-    header = half_above(_extreme(_by_span(fits, span).flatten(3)) / -128)
+    header = half_above(_extreme(_by_span(fits, span).flatten(3)) / -128 + 0.0)
     d = header.float()[:, :, torch.arange(w.shape[2], device=w.device) // span, None]
     s = _steps(fits * _inverse(d), -128, 127, lambda s: _centered_error(halves, d * s, 32))
     codes = torch.round(halves * _inverse(d * s)[..., None]).clamp(-32, 31) + 32
