@@ -53,8 +53,8 @@ class Unreached:
 
 
 def check_updated(setup: Setup, step: int) -> None:
-    """Raise ValueError if the scaler of a float16 run has skipped all steps up to this one. Then the
-    optimizer has no state, which checkpoints keep: steps before a resume count.
+    """Raise ValueError if the scaler of a float16 run has skipped all steps up to this one. The
+    optimizer has no state then. Checkpoints keep it: steps before a resume count.
     """
     if setup.scaler.is_enabled() and not setup.optimizer.state:
         raise ValueError(
