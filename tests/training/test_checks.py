@@ -92,6 +92,43 @@ def test_a_gradient_that_is_not_finite_is_named(run):
     assert not found.passed and name in found.message
 
 
+def test_gradients_that_are_all_zeros_are_a_failure(run):
+    model, batch = run
+    for one in model.parameters():
+        if one.requires_grad:
+            one.register_hook(torch.zeros_like)
+    found = mllama.check_gradients(model, batch)
+    assert not found.passed and "all gradients are zero" in found.message
+
+
+def test_an_adapter_that_no_step_can_change_is_named(run):
+    """Its A is zeros like its B."""
+    model, batch = run
+    layer = model.language_model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        layer.lora_a.weight.zero_()
+    found = mllama.check_gradients(model, batch)
+    assert not found.passed and found.message.endswith("in language_model.layers.1.mlp.up_proj")
+    with torch.no_grad():
+        layer.lora_b.weight[0, 0] = 1.0
+    assert mllama.check_gradients(model, batch).passed  # it reaches A
+
+
+def test_frozen_tensors_that_the_forward_pass_changes_are_named(run):
+    model, batch = run
+    norm = model.language_model.norm
+    norm.register_buffer("calls", torch.zeros(1), persistent=False)
+
+    @norm.register_forward_pre_hook
+    def change(module, inputs):
+        module.calls.add_(1)
+        module.weight.data[0] += 0.5
+
+    found = mllama.check_frozen(model, batch)
+    assert not found.passed
+    assert found.message.endswith("language_model.norm.calls, language_model.norm.weight")
+
+
 def test_nothing_trained_is_a_failure(run):
     model, batch = run
     model.requires_grad_(False)
@@ -140,6 +177,11 @@ def test_labels_that_are_wrong_are_named(run):
             if name != "pixel_values"
         },
     }
+    text = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    text[text == token] = -100
+    one = labels.clone()
+    one[image_row] = text[image_row]  # the only row of three, and it has an image
+    wrong[f"every token of row {image_row} is trained"] = batch | {"labels": one}
     ids = wrong["prompts too"]["input_ids"]
     mask = wrong["prompts too"]["attention_mask"]
     wrong["prompts too"]["labels"] = ids.masked_fill(mask == 0, -100)
@@ -148,9 +190,30 @@ def test_labels_that_are_wrong_are_named(run):
         assert not found.passed and text in found.message, (text, found)
 
 
+def test_a_label_between_packed_examples_is_named(run, folder, tmp_path):
+    """It would be predicted from another example."""
+    model, _ = run
+    processor = mllama.load(folder, device="cpu")[1]
+    rows = open_examples(write_rows(tmp_path))
+    batch = Collator(model, processor, max_length=64, pack=True)([rows[1], rows[3]])
+    assert mllama.check_labels(model, batch).passed
+    start = batch["position_ids"][0].tolist().index(0, 1)
+    batch["labels"][0, start] = batch["input_ids"][0, start]
+    found = mllama.check_labels(model, batch)
+    assert not found.passed
+    assert found.message == (
+        f"1 labels on first tokens of packed examples, the first in row 0, token {start}"
+    )
+
+
 def test_a_loss_that_does_not_fall_is_a_failure(run):
     model, batch = run
     assert not mllama.check_overfit(model, batch, learning_rate=0.0).passed
+    hooks = [one.register_hook(torch.neg) for one in model.parameters() if one.requires_grad]
+    assert not mllama.check_overfit(model, batch, learning_rate=0.05).passed  # it rises
+    for hook in hooks:
+        hook.remove()
+    assert mllama.check_overfit(model, batch, learning_rate=0.05).passed
     model.lm_head.weight.data[0, 0] = float("nan")
     found = mllama.check_overfit(model, batch)
     assert not found.passed and "nan" in found.message

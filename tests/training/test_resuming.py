@@ -181,13 +181,44 @@ def test_a_loss_that_is_no_number_stops_the_run(settings, tmp_path, monkeypatch)
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [2, 3, 4]
 
 
-def test_the_log_of_a_step_that_float16_skips_is_json(settings, monkeypatch):
-    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+def scale_by(monkeypatch, first: float, **options: float) -> None:
+    """Begin float16 runs with a scale of the loss; with 2**40 gradients are not finite."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=first, **options)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+
+
+def test_the_log_of_a_step_that_float16_skips_is_json(settings, monkeypatch):
+    scale_by(monkeypatch, 2.0**40, backoff_factor=2.0**-30)
     settings = replaced(settings, dtype="float16", max_steps=2, log_every=1)
     lines = (trained(settings).output / "log.jsonl").read_text().splitlines()
     entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-    assert [entry["grad_norm"] for entry in entries if "loss" in entry] == [None, None]
+    skipped, made = (entry["grad_norm"] for entry in entries if "loss" in entry)
+    assert skipped is None and made > 0
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_of_which_float16_skips_every_step(settings, tmp_path, monkeypatch, stopped):
+    scale_by(monkeypatch, 2.0**40)
+    settings = replaced(settings, dtype="float16", max_steps=2)
+    if stopped:
+        with monkeypatch.context() as patch:
+            interrupt(patch, signal.SIGTERM, 1)
+            assert train(settings).step == 1
+    said = r"step 2: all 2 steps were skipped.* still 2.7\d*e\+11"  # 2**38
+    with pytest.raises(ValueError, match=said):
+        train(settings, resume=stopped)
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_a_step_that_float16_made_before_a_stop_counts(settings, monkeypatch):
+    scale_by(monkeypatch, 2.0**10, growth_interval=1, growth_factor=2.0**30)
+    settings = replaced(settings, dtype="float16", max_steps=2, log_every=1)
+    with monkeypatch.context() as patch:
+        interrupt(patch, signal.SIGTERM, 1)
+        train(settings)
+    result = trained(settings, resume=True)
+    norms = [entry["grad_norm"] for entry in log_of(result.output) if "loss" in entry]
+    assert norms[0] > 0 and norms[1] is None
 
 
 def test_an_adapter_that_gets_no_gradient(settings, tmp_path, data):

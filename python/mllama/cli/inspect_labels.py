@@ -12,6 +12,7 @@ from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
 from mllama.cli._answering import check_reference
 from mllama.data.collate import Collator
+from mllama.data.ends import end_ids, missing_end
 from mllama.data.labels import Summary, count_roles, label_tokens, summarize, token_lines
 from mllama.data.sources import Examples, open_examples
 from mllama.hf.processors.auto import load_processor
@@ -24,7 +25,7 @@ _SHOWN = 5  # bad rows printed; --json prints all
 def run(arguments: argparse.Namespace) -> int:
     """Print the labels; exit code 1 if rows of the summary cannot be trained on."""
     check_reference(arguments)
-    collator = _collator(arguments.model, arguments.reference or "meta", arguments.max_length)
+    collator, ends = _collator(arguments)
     examples = open_examples(
         arguments.data, arguments.image_folder, arguments.question, arguments.split
     )
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     example = examples[arguments.row - 1]
     row = collator.encode(example)
     tokens = label_tokens(example, row, collator)
-    summary = summarize(examples, collator, arguments.rows)
+    summary = summarize(examples, collator, arguments.rows, ends)
     if arguments.json:
         found = {
             "where": row.where,
@@ -52,19 +53,25 @@ def run(arguments: argparse.Namespace) -> int:
         if row.truncated:
             print(f"cut off by --max-length: {row.truncated} tokens")
         print(*_summary_lines(summary, examples), sep="\n")
+    if warning := missing_end(summary, collator, ends):
+        print(f"mllama: {warning}", file=sys.stderr)
     return 1 if summary.bad_rows else 0
 
 
-def _collator(path: str | None, reference: str, max_length: int | None) -> Collator:
-    """Of a model without its weights, which labels do not depend on."""
-    folder = find_model(path)
+def _collator(arguments: argparse.Namespace) -> tuple[Collator, frozenset[int]]:
+    """Of a model without its weights, which labels do not depend on; and the ids that end its
+    answers.
+    """
+    folder = find_model(arguments.model)
     with (opened := open_checkpoint(folder)).source:
         spec = opened.spec
     if spec.text is None:
         raise ValueError("a SigLIP vision model has no decoder to train")
     with torch.device("meta"):
-        model: Any = VisionLanguageModel(spec, reference)
-    return Collator(model, processor_of(folder, load_processor), max_length)
+        model: Any = VisionLanguageModel(spec, arguments.reference or "meta")
+    collator = Collator(model, processor_of(folder, load_processor), arguments.max_length)
+    given = (opened.generation or {}).get("eos_token_id")
+    return collator, end_ids(given, collator.tokenizer)
 
 
 def _summary_lines(summary: Summary, examples: Examples) -> list[str]:

@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -114,6 +114,7 @@ class Summary:
         rows: number of rows that were encoded.
         tokens, trained, images, truncated: numbers of tokens, of those that are trained, of images,
             and of rows that max_length cut.
+        ended: number of rows with an answer that ends with a token that generation stops at.
         longest: tokens of the longest row, and `longest_row` its name.
         bad_rows: what is wrong with each row that cannot be trained on.
     """
@@ -123,27 +124,31 @@ class Summary:
     trained: int = 0
     images: int = 0
     truncated: int = 0
+    ended: int = 0
     longest: int = 0
     longest_row: str = ""
     bad_rows: list[str] = field(default_factory=list)
 
-    def add(self, row: EncodedRow) -> None:
-        """Count a row."""
+    def add(self, row: EncodedRow, ends: Collection[int]) -> None:
+        """Count a row; `ends` are the ids that generation stops at."""
         self.rows += 1
         self.tokens += len(row)
         self.trained += int((row.labels != IGNORED).sum())
         self.images += row.num_images
         self.truncated += row.truncated > 0
+        self.ended += not frozenset(ends).isdisjoint(row.labels.tolist())
         if len(row) > self.longest:
             self.longest, self.longest_row = len(row), row.where
 
 
-def summarize(examples: Sequence[Example], collator: Collator, rows: int) -> Summary:
-    """Encode the first `rows` examples. Bad ones are noted."""
+def summarize(
+    examples: Sequence[Example], collator: Collator, rows: int, ends: Collection[int] = ()
+) -> Summary:
+    """Encode the first `rows` examples. Bad ones are noted. `ends`: see `Summary.add`."""
     summary = Summary()
     for index in range(min(rows, len(examples))):
         try:
-            summary.add(collator.encode(examples[index]))
+            summary.add(collator.encode(examples[index]), ends)
         except ValueError as error:
             summary.bad_rows.append(str(error))
     return summary

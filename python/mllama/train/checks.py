@@ -14,6 +14,7 @@ from torch import nn
 
 from mllama.data.collate import Collator
 from mllama.hf.processors.chat import IGNORED
+from mllama.lora.layer import lora_layers
 from mllama.lora.scopes import is_read
 from mllama.nn.wrappers import plain_name, unwrapped
 from mllama.train.batches import Batch
@@ -46,9 +47,10 @@ class Check:
 def check_gradients(model: nn.Module, batch: Batch) -> Check:
     """Whether every trained parameter gets a finite gradient from the batch.
 
-    An adapter's A has a gradient of zeros until its B is trained; that counts. A parameter without
-    any, such as the image encoder's for a batch without images, does not. Parts of an encoder that
-    the model does not compute, after the layer whose features it reads, are not asked for.
+    An adapter's A has a gradient of zeros until its B is trained; that counts, unless A is zeros,
+    too: neither gets another gradient ever. A parameter without any, such as the image encoder's
+    for a batch without images, does not. Parts of an encoder that the model does not compute, after
+    the layer whose features it reads, are not asked for.
     """
     trained = _trained(model)
     if not trained:
@@ -73,6 +75,8 @@ def check_gradients(model: nn.Module, batch: Batch) -> Check:
         return Check("check_gradients", False, f"the gradient is not finite of {_listed(broken)}")
     if not moving:
         return Check("check_gradients", False, "all gradients are zero")
+    if dead := _dead_adapters(model):
+        return Check("check_gradients", False, f"A and B are both zeros in {_listed(dead)}")
     return Check(
         "check_gradients",
         True,
@@ -109,7 +113,8 @@ def check_frozen(model: nn.Module, batch: Batch, learning_rate: float = 1e-2) ->
 
 def check_labels(model: nn.Module, batch: Batch) -> Check:
     """Whether labels are sane: equal to the ids they stand at, within the vocabulary, on no
-    placeholder and no padding, in every row, and not on all tokens.
+    placeholder, no padding and no first token of a packed example, in every row, and not on all
+    tokens of a row's text.
     """
     problem, found = _label_problem(unwrapped(model), batch)
     return Check("check_labels", problem is None, problem or found)
@@ -178,6 +183,19 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: one for name, one in model.named_parameters() if one.requires_grad}
 
 
+def _dead_adapters(model: nn.Module) -> list[str]:
+    """Trained layers that stay as they are: the gradient of either matrix is a product with the
+    other one.
+    """
+    return [
+        name
+        for name, layer in lora_layers(model).items()
+        if any(one.weight.requires_grad for one in (layer.lora_a, layer.lora_b))
+        and not bool(layer.lora_a.weight.any())
+        and not bool(layer.lora_b.weight.any())
+    ]
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
@@ -231,6 +249,7 @@ def _label_problem(model: Any, batch: Batch) -> tuple[str | None, str]:
         "labels that are not the ids they stand at": trained & (labels != ids),
         "labels on padding": trained & ~real,
         "labels on image placeholders": trained & _placeholders(model, batch),
+        "labels on first tokens of packed examples": trained & _first_tokens(batch),
     }
     for what, wrong in rules.items():
         if bool(wrong.any()):
@@ -239,8 +258,10 @@ def _label_problem(model: Any, batch: Batch) -> tuple[str | None, str]:
     shares = (trained[:, 1:].sum(1) / real.sum(1)).tolist()
     if 0.0 in shares:
         return f"row {shares.index(0.0)} has nothing to train on", ""
-    if trained[:, 1:].sum() == real[:, 1:].sum():
-        return "every token is trained, the prompts too", ""
+    text = real & ~_placeholders(model, batch)
+    if bool((whole := (trained | ~text)[:, 1:].all(1)).any()):
+        row = whole.nonzero()[0].item()
+        return f"every token of row {row} is trained, the prompts too", ""
     return None, _shares(shares, int(trained[:, 1:].sum()))
 
 
@@ -255,6 +276,15 @@ def _placeholders(model: Any, batch: Batch) -> torch.Tensor:
     token = model.spec.image_token_index
     ids = batch["input_ids"]
     return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids == token
+
+
+def _first_tokens(batch: Batch) -> torch.Tensor:
+    """Of the examples of packed rows but the first: the token before is another example's."""
+    places = batch.get("position_ids") if batch.get("attention_mask") is None else None
+    found = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    if places is not None:
+        found[:, 1:] = places[:, 1:] == 0
+    return found
 
 
 def _listed(names: Sequence[str]) -> str:

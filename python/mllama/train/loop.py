@@ -19,7 +19,7 @@ from mllama.train.log import Log
 from mllama.train.optimizer import load_optimizer_state, optimizer_state
 from mllama.train.prepare import autocast
 from mllama.train.progress import TrainingProgress, peak_memory
-from mllama.train.reached import Unreached
+from mllama.train.reached import Unreached, check_updated
 from mllama.train.setup import Setup
 from mllama.train.sharding import without_sync
 from mllama.train.stopping import Stopping
@@ -249,8 +249,12 @@ class Loop:
             self.log.add(entry)
 
     def _check_gradients(self, step: int) -> None:
-        """Raise ValueError if an adapter is not reached by the data of an epoch, in any process."""
+        """Raise ValueError if an adapter is not reached by the data of an epoch, in any process; or
+        if no step of the run changed anything.
+        """
         course = self.setup.course
+        if step == course.steps:
+            check_updated(self.setup, step)
         if step != min(course.steps_per_epoch, course.steps, _CHECKED_AFTER):
             return
         self._unreached.share()

@@ -50,3 +50,16 @@ class Unreached:
                 f"step {step}: no gradient has reached {len(missing)} parameter(s), {shown}: leave "
                 "them out of targets, or give data that uses them"
             )
+
+
+def check_updated(setup: Setup, step: int) -> None:
+    """Raise ValueError if the scaler of a float16 run has skipped all steps up to this one. The
+    optimizer has no state then. Checkpoints keep it: steps before a resume count.
+    """
+    if setup.scaler.is_enabled() and not setup.optimizer.state:
+        raise ValueError(
+            f"step {step}: all {step} steps were skipped, so nothing is trained: their float16 "
+            f"gradients were not finite, and the scale of the loss is still "
+            f"{setup.scaler.get_scale():g}; it halves with each such step: make more steps, or set "
+            "dtype to bfloat16 or float32"
+        )

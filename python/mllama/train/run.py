@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mllama.checkpoints.files import write_file
+from mllama.data.ends import end_ids, missing_end
+from mllama.data.labels import summarize
 from mllama.lora.saving import save_lora
 from mllama.train.figures import plot_curves, plot_samples
 from mllama.train.log import NAME as LOG
@@ -23,6 +25,7 @@ from mllama.train.stopping import Stopping
 from mllama.train.yaml_file import write_yaml
 
 SETTINGS, TRACKERS = "settings.yaml", "trackers"
+_LOOKED_AT = 4  # rows, for the end of their answers
 # Keys that may change when a run is resumed: what is trained stays the same.
 FREE = (
     "cache_features",
@@ -111,6 +114,8 @@ def train(settings: TrainSettings, resume: bool = False) -> TrainResult:
             log = Log(output / LOG, until=last)
         progress = TrainingProgress(last, setup.course.steps, shown=first)
         _describe(setup, progress)
+        if first:
+            _warn_of_missing_end(setup, progress)
         loop = Loop(setup, checkpoints, log, progress, lambda step: _show(setup, output, step))
         _start_trackers(setup, output)
         try:
@@ -201,6 +206,14 @@ def _describe(setup: Setup, progress: TrainingProgress) -> None:
         f"{course.rows} rows{evaluated}{skipped}; {course.steps} steps of {course.per_step} rows, "
         f"{course.epoch(course.steps):.2f} epochs"
     )
+
+
+def _warn_of_missing_end(setup: Setup, progress: TrainingProgress) -> None:
+    given = setup.model.generation_config.eos_token_id
+    ends = end_ids(given, setup.collator.tokenizer)
+    summary = summarize(setup.examples, setup.collator, _LOOKED_AT, ends)
+    if warning := missing_end(summary, setup.collator, ends):
+        progress.say(warning)
 
 
 def _start_trackers(setup: Setup, output: Path) -> None:
