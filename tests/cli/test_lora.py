@@ -60,6 +60,19 @@ def test_merging_into_packed_weights_is_refused(run, model_folder, adapters, tmp
     assert code == 2 and "packed weights" in error and not (tmp_path / "out").exists()
 
 
+def test_merging_what_float16_cannot_hold_is_refused(run, model_folder, adapters, tmp_path):
+    tensors = load_file(adapters[2] / "peft/adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.lora_B.weight"))
+    shutil.copytree(adapters[2] / "peft", tmp_path / "large")
+    tensors[name] *= 1e6
+    save_file(tensors, tmp_path / "large/adapter_model.safetensors")
+    given = ["lora", "merge", model_folder, tmp_path / "large", tmp_path / "out", "--dtype"]
+    code, text, error = run(*given, "float16")
+    assert code == 2 and not text and not (tmp_path / "out").exists()
+    assert "o_proj.weight with its adapter merged has values beyond float16" in error
+    assert run(*given, "bfloat16")[0] == 0
+
+
 def test_converted_there_and_back(run, model_folder, adapters, tmp_path):
     *_, folder = adapters
     given = ["--model", model_folder]

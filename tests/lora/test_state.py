@@ -86,6 +86,26 @@ def test_merged_and_back(converted, kind, tolerance):
     )
 
 
+@pytest.mark.parametrize("merge", [mllama.merge_lora, mllama.merge_and_unload])
+@torch.no_grad()
+def test_sums_that_float16_cannot_hold_are_refused(converted, merge):
+    model = converted().half()
+    last = model[4]
+    last.lora_a.weight.zero_()[0, 0] = 256
+    last.lora_b.weight.zero_()[1, 0] = 256 / last.scale  # their product is 65536
+    last.linear.weight[1, 0] = 0
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^4.weight with its adapter merged .*65504.*bfloat16"):
+        merge(model)
+    assert model[4] is last and last.merged_weight is None and model[0].merged_weight is None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    last.linear.weight[1, 0] = -32
+    last.linear.weight[0, 0] = torch.inf  # the model's own
+    merge(model)
+    merged = model[4].weight[:2, 0]
+    assert merged.tolist() == [torch.inf, 65504]
+
+
 def test_merging_again_and_unmerging_again(converted):
     model, x = converted(), torch.randn(5, 6)
     mllama.unmerge_lora(model)

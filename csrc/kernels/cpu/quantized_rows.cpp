@@ -9,16 +9,22 @@ namespace {
 
 using namespace simd::MLLAMA_ISA;
 
-constexpr float kSmallestScale = 1e-36f;  // its inverse is finite
+constexpr float kSmallestScale = 1e-36f;         // its inverse is finite
+constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: what is added to it is rounded
 
 // Codes of one group, and its scale.
 bf16 quantize_group(const float (&x)[kRowGroup], int8_t (&codes)[kRowGroup]) {
     vh half = narrow(splat(largest_size(x, kRowGroup) / 127.0f), bf16{});
     float scale = widen(half, bf16{})[0];
     if (scale < kSmallestScale) scale = 0, half = vh{};
-    vf inverse = splat(scale > 0 ? 1.0f / scale : 0.0f);
-    for (int i = 0; i < kRowGroup; i += kWidth)
-        store_bytes(codes + i, nearest_code(load(x + i) * inverse));
+    std::fill(codes, codes + kRowGroup, int8_t{0});
+    if (!(scale > 0)) return {half[0]};  // zeros, or NaN
+    // In doubles a product is exact. So it is rounded once on every instruction set and device.
+    double inverse = 1.0f / scale;
+    for (int i = 0; i < kRowGroup; ++i) {
+        double code = x[i] * inverse + kRounder - kRounder;
+        codes[i] = static_cast<int8_t>(std::clamp(code, -127.0, 127.0));
+    }
     return {half[0]};
 }
 

@@ -29,11 +29,12 @@ MLLAMA_DEVICE float warp_largest_size(float v) {
     return largest + largest * 0.0f;
 }
 
-// The nearest integer from -127 to 127, halves to even; 0 for NaN.
-MLLAMA_DEVICE int8_t nearest_code(float v) {
-    if (v != v) return 0;
-    v = v < -127.0f ? -127.0f : v > 127.0f ? 127.0f : v;
-    return static_cast<int8_t>(static_cast<int>(rintf(v)));
+// The integer from -127 to 127 that is nearest to v * inverse, halves to even; 0 for NaN.
+MLLAMA_DEVICE int8_t nearest_code(float v, float inverse) {
+    constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded
+    float code = fmaf(v, inverse, kRounder) - kRounder;  // so the product is not, as on the CPU
+    if (code != code) return 0;
+    return static_cast<int8_t>(fminf(fmaxf(code, -127.0f), 127.0f));
 }
 
 // A warp writes a group of a row of `size` codes. A lane has an element; 0 behind the row's end.
@@ -42,7 +43,7 @@ MLLAMA_DEVICE void store_group(int8_t* row, int64_t size, int64_t group, float v
     bf16 scale = from_float<bf16>(warp_largest_size(v) / 127.0f);
     if (to_float(scale) < kSmallestScale) scale = bf16{0};
     float inverse = to_float(scale) > 0 ? 1.0f / to_float(scale) : 0.0f;
-    if (column < size) row[column] = nearest_code(v * inverse);
+    if (column < size) row[column] = nearest_code(v, inverse);
     if (threadIdx.x % 32 == 0) store_scale(row + size + group * sizeof(bf16), scale);
 }
 

@@ -11,6 +11,7 @@ from mllama.lora.adapter import (
     Adapter,
     Magnitude,
     check_adapter,
+    check_merged,
     check_name,
     dense_weight,
     matrix_of,
@@ -301,7 +302,7 @@ class Linear_LORA(AdaptedLinear):
         """Add the update to a copy of W, which forward uses until `unmerge`. W is not changed.
 
         Raises:
-            ValueError: a child is not a plain linear layer.
+            ValueError: a child is not a plain linear layer, or float16 cannot hold the sum.
         """
         self.check_mergeable("this layer")
         self.merged_weight = self._sum().detach()
@@ -324,7 +325,7 @@ class Linear_LORA(AdaptedLinear):
 
     def check_mergeable(self, name: str) -> None:
         """Raise ValueError unless `linear` and the adapter are plain linear layers, so that the
-        update can be added to the weight.
+        update can be added to the weight, and float16 can hold the sum, if that is its dtype.
         """
         for child in ("linear", "lora_a", "lora_b"):
             module = getattr(self, child)
@@ -333,6 +334,8 @@ class Linear_LORA(AdaptedLinear):
                     f"{name} cannot be merged: its {child}, a {type(module).__name__}, has hooks "
                     "or a forward of its own"
                 )
+        if self.active and self.linear.weight.dtype == torch.float16:
+            check_merged(name, self.linear.weight, self._sum())
 
     def _sum(self) -> torch.Tensor:
         """[out_dim, in_dim] in W's dtype: the merged weight, rounded once."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar, overload
 
+import torch
 from torch import nn
 
 from mllama.lora.layer import Linear_LORA, needed_lora_layers
@@ -68,8 +69,8 @@ def merge_lora(model: nn.Module) -> None:
 
     Raises:
         TypeError: model is not a module.
-        ValueError: it has no LoRA layers, or one whose `linear` is not a plain linear layer; then
-            none is merged.
+        ValueError: it has no LoRA layers, or one whose `linear` is not a plain linear layer, or is
+            in float16, which cannot hold the sum; then none is merged.
     """
     for layer in _mergeable(model):
         if layer.active:
@@ -104,8 +105,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is not a module.
-        ValueError: it has no LoRA layers, or one whose `linear` is not a plain linear layer; then
-            nothing is changed.
+        ValueError: it has no LoRA layers, or one whose `linear` is not a plain linear layer, or is
+            in float16, which cannot hold the sum; then nothing is changed.
     """
     places: dict[Linear_LORA, list[str]] = {layer: [] for layer in _mergeable(model)}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -123,6 +124,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return merged
 
 
+@torch.no_grad()
 def _mergeable(model: nn.Module) -> list[Linear_LORA]:
     layers = needed_lora_layers(model)
     for name, layer in layers.items():
