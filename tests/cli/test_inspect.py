@@ -255,3 +255,15 @@ def test_packed_weights_and_blocks_count_by_type(run, family_folder, tmp_path):
     assert found["memory"]["weights"] == four_bits + eight_bits + 4 * norms
     assert found["parameters"] == dense["parameters"] and found["loads"]
     assert file["stored"]["decoder"] == {"q8_0": linear * 34 // 32, "f32": 4 * norms}
+
+
+def test_pickled_weights_are_named(run, folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    code, text, error = run("inspect", folder)
+    problem = "pytorch_model.bin is a pickle, which is never opened"
+    assert (code, error) == (1, "") and f"would not load:\n  {problem}" in text
+    with pytest.raises(FileNotFoundError, match=problem):
+        mllama.load(folder)
+    code, text, _ = run("inspect", folder, "--json")
+    said = json.loads(text)
+    assert (code, said["loads"], said["pickles"]) == (1, False, ["pytorch_model.bin"])

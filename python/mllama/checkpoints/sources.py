@@ -146,6 +146,17 @@ class SafetensorsSource(Source):
         self._open = None
 
 
+def pickled_weights(folder: Path) -> list[str]:
+    """Names of a folder's files that have the suffixes of pickled weights."""
+    patterns = ("*.bin", "*.pt", "*.pth")
+    return [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def refused_pickle(name: str) -> str:
+    """What to say of such a file."""
+    return f"{name} is a pickle, which is never opened: convert it to safetensors"
+
+
 def open_safetensors(
     folder: str | Path, weights: str = WEIGHTS, index_name: str = INDEX
 ) -> SafetensorsSource:
@@ -168,17 +179,9 @@ def open_safetensors(
         path = find_inside(folder, weights)
         return SafetensorsSource(str(folder), dict.fromkeys(_names(path), path))
     if not (folder / index_name).is_file():
-        pickled = [
-            path.name
-            for pattern in ("*.bin", "*.pt", "*.pth")
-            for path in sorted(folder.glob(pattern))
-        ]
+        pickled = pickled_weights(folder)
         ggufs = [path.name for path in sorted(folder.glob("*.gguf"))]
-        hint = (
-            f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors"
-            if pickled
-            else ""
-        )
+        hint = f"; {refused_pickle(pickled[0])}" if pickled else ""
         hint = f"; to load {ggufs[0]}, give its own path" if ggufs else hint
         raise FileNotFoundError(f"{folder} has neither {weights} nor {index_name}{hint}")
     index = find_inside(folder, index_name)

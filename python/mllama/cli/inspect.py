@@ -13,6 +13,7 @@ from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.loading import Report
 from mllama.checkpoints.opening import config_alone
+from mllama.checkpoints.sources import pickled_weights, refused_pickle
 from mllama.config.spec import ModelSpec
 from mllama.device import dtype_name, dtype_named
 from mllama.families import compose
@@ -71,9 +72,10 @@ def collect(
         FileNotFoundError, ValueError: as `open_checkpoint` and `describe_adapter`; context or
             tiles given for a model without a decoder or without images.
     """
-    path = find_model(folder)
+    path, pickles = find_model(folder), []
     if (config := config_alone(path)) is not None:
         model, report, headers = _lay_out(config), Report(dtype=_dtype_of(config)), {}
+        pickles = pickled_weights(path)
         stored: dict[str, dict[str, int]] = {}
     else:
         with (opened := open_checkpoint(path)).source:
@@ -108,7 +110,8 @@ def collect(
             "dtype": dtype_name(work.dtype),
         },
         "memory": memory | {"total": sum(memory.values())},
-        "loads": not report.problems() if headers else None,
+        "loads": not report.problems() if headers else False if pickles else None,
+        "pickles": pickles,
         "missing": report.missing,
         "unexpected": report.unexpected,
         "of another shape or kind": report.unfit,
@@ -227,6 +230,7 @@ def _page(found: dict[str, Any]) -> str:
         for kind in ("missing", "unexpected", "of another shape or kind", "given twice")
         if found[kind]
     ]
+    faults += [f"  {refused_pickle(name)}" for name in found["pickles"][:_SHOWN]]
     return "\n".join(
         [
             f"{found['folder']}: {found['family']}, {found['made of']}",
