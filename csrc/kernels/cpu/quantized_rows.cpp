@@ -1,6 +1,7 @@
 #include "kernels/cpu/quantized_rows.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "simd/bytes.h"
 
@@ -9,8 +10,7 @@ namespace {
 
 using namespace simd::MLLAMA_ISA;
 
-constexpr float kSmallestScale = 1e-36f;         // its inverse is finite
-constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: what is added to it is rounded
+constexpr float kSmallestScale = 1e-36f;  // its inverse is finite
 
 // Codes of one group, and its scale.
 bf16 quantize_group(const float (&x)[kRowGroup], int8_t (&codes)[kRowGroup]) {
@@ -18,13 +18,20 @@ bf16 quantize_group(const float (&x)[kRowGroup], int8_t (&codes)[kRowGroup]) {
     float scale = widen(half, bf16{})[0];
     if (scale < kSmallestScale) scale = 0, half = vh{};
     std::fill(codes, codes + kRowGroup, int8_t{0});
-    if (!(scale > 0)) return {half[0]};  // zeros, or NaN
-    // In doubles a product is exact. So it is rounded once on every instruction set and device.
-    double inverse = 1.0f / scale;
+    if (!(scale > 0 && std::isfinite(scale))) return {half[0]};
+    // The product is rounded with the sum that makes an integer of it, once, in an FMA; without one
+    // in doubles, where it is exact. So codes are the same everywhere.
+    float inverse = 1.0f / scale;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    for (int i = 0; i < kRowGroup; i += kWidth)
+        store_bytes(codes + i, nearest_code(load(x + i) * inverse));
+#else
+    constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
     for (int i = 0; i < kRowGroup; ++i) {
-        double code = x[i] * inverse + kRounder - kRounder;
+        double code = static_cast<double>(x[i]) * inverse + kRounder - kRounder;
         codes[i] = static_cast<int8_t>(std::clamp(code, -127.0, 127.0));
     }
+#endif
     return {half[0]};
 }
 
