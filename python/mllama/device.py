@@ -77,6 +77,23 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def in_range(name: str, exact: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:
+    """Return `cast`, numbers that were rounded.
+
+    Raises:
+        ValueError: float16 cannot hold them: `cast` has more infinite ones than `exact`.
+    """
+    if cast.dtype != torch.float16 or cast.is_meta:
+        return cast
+    infinite = int(cast.isinf().sum())
+    if infinite and infinite > int(exact.isinf().sum()):
+        raise ValueError(
+            f"{name} has values beyond float16's largest, {torch.finfo(torch.float16).max:.0f}: "
+            "use bfloat16 or float32"
+        )
+    return cast
+
+
 def cpu_features() -> list[str]:
     """Instruction sets of this CPU that the kernels use, by torch's names; empty if unknown."""
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

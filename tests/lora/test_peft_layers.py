@@ -127,6 +127,7 @@ def test_removing_them_leaves_a_model_without(tmp_path):
         adapted = ours(IDS).logits
         merged = ours.merge_and_unload()
         torch.testing.assert_close(merged(IDS).logits, adapted, rtol=1e-4, atol=1e-4)
+        assert not hasattr(merged, "peft_config")
         merged.save_pretrained(tmp_path)
         again = mllama.MllamaForConditionalGeneration.from_pretrained(tmp_path)
         torch.testing.assert_close(again(IDS).logits, adapted, rtol=1e-4, atol=1e-4)

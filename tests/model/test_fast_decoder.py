@@ -19,6 +19,7 @@ from mllama.ops.packed_layout import PACKINGS
 from mllama.quant.packer import RECIPES, optimize
 from mllama.runtime.session import Session
 from tiny import pairs
+from tiny.around import Around
 
 pytestmark = needs_kernels
 CODES = [packing for packing, kind in PACKINGS.items() if kind.quantized]
@@ -309,25 +310,6 @@ def test_a_short_prompt_after_another_notices_changes_too():
         cache = DynamicCache()
         model.generate(torch.tensor([first]), past_key_values=cache, max_new_tokens=3)
     assert calls.call_count == 0
-
-
-class Around(nn.Module):
-    """A module in place of another, which it calls. It has the other's attributes if asked."""
-
-    def __init__(self, inner, change, delegates):
-        super().__init__()
-        self.inner, self.change, self.delegates = inner, change, delegates
-
-    def forward(self, *args, **kwargs):
-        output = self.inner(*args, **kwargs)
-        if isinstance(output, tuple):
-            return self.change(output[0]), *output[1:]
-        return self.change(output)
-
-    def __getattr__(self, name):
-        if name in self._modules or not self.delegates:
-            return super().__getattr__(name)
-        return getattr(self._modules["inner"], name)
 
 
 def around(part, delegates):

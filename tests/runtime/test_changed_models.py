@@ -10,11 +10,19 @@ from mllama.runtime.session import Session
 from runtime.test_images import logits, model_of, prompts, same_bits
 
 
-@pytest.mark.parametrize("part", ["language_model", "vision_tower.encoder"])
-def test_hooks(part):
+@pytest.fixture
+def asked():
+    """A model, a prompt with an image, and a session."""
     model = model_of("merge")
-    inputs = prompts("merge", model, (tiny.tokens(9), 1))
-    session = Session(model)
+    return model, prompts("merge", model, (tiny.tokens(9), 1)), Session(model)
+
+
+PARTS = pytest.mark.parametrize("part", ["language_model", "vision_tower.encoder"])
+
+
+@PARTS
+def test_hooks(part, asked):
+    model, inputs, session = asked
     mlp = model.get_submodule(f"{part}.layers.0.mlp")
     answers = [logits(session, inputs)]
     for factor in (2, 3):
@@ -26,11 +34,9 @@ def test_hooks(part):
     assert same_bits(logits(session, inputs), answers[0])
 
 
-@pytest.mark.parametrize("part", ["language_model", "vision_tower.encoder"])
-def test_hooks_of_all_modules_and_other_classes(part):
-    model = model_of("merge")
-    inputs = prompts("merge", model, (tiny.tokens(9), 1))
-    session = Session(model)
+@PARTS
+def test_hooks_of_all_modules_and_other_classes(part, asked):
+    model, inputs, session = asked
     mlp = model.get_submodule(f"{part}.layers.0.mlp")
     plain = logits(session, inputs)
     hook = nn.modules.module.register_module_forward_hook(
@@ -48,10 +54,8 @@ def test_hooks_of_all_modules_and_other_classes(part):
     assert same_bits(logits(session, inputs), doubled)
 
 
-def test_autocast_and_another_dtype():
-    model = model_of("merge")
-    inputs = prompts("merge", model, (tiny.tokens(9), 1))
-    session = Session(model)
+def test_autocast_and_another_dtype(asked):
+    model, inputs, session = asked
     plain = logits(session, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         cast = logits(session, inputs)
@@ -62,10 +66,8 @@ def test_autocast_and_another_dtype():
 
 
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
-def test_adapters_of_peft(part):
-    model = model_of("merge")
-    inputs = prompts("merge", model, (tiny.tokens(9), 1))
-    session = Session(model)
+def test_adapters_of_peft(part, asked):
+    model, inputs, session = asked
     plain = logits(session, inputs)
     targets = f".*{part}.*(q_proj|v_proj)"
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)

@@ -11,6 +11,7 @@ import torch
 
 from mllama.checkpoints.files import listing_by_kind
 from mllama.checkpoints.sources import Header, Source, Taker
+from mllama.device import in_range
 from mllama.weights.rows import Move, WeightMap, file_names, plan_moves
 
 # Dtypes that tensors are loaded in: the operators do not support float64.
@@ -206,7 +207,9 @@ def load_weights(
                 given = tensors.given if source.mapped else []
                 value = tensors.read(place)
                 loaded[name] = _placed(value, given, device_of(name), dtype, mapped)
-                _check_range(f"{source.where}: {move.theirs[0]}", value, loaded[name])
+                if value.dtype != torch.float16:
+                    where = f"{source.where}: {move.theirs[0]}"
+                    in_range(where, value, loaded[name])
             elif not torch.equal(other.cpu(), tensors.read(place).to(dtype)):
                 both = f"{move.theirs[0]} and {', '.join(file_names(weight_map, tied[name]))}"
                 problem = f"{both} differ, but the config says they are one (tied)"
@@ -286,18 +289,6 @@ def _placed(
         memory.data_ptr() == given.untyped_storage().data_ptr() for given in mapped
     )
     return placed.clone() if shared else placed
-
-
-def _check_range(name: str, value: torch.Tensor, cast: torch.Tensor) -> None:
-    """Raise ValueError where float16 cannot hold a number that the file has."""
-    if cast.dtype != torch.float16 or value.dtype == torch.float16 or cast.is_meta:
-        return
-    infinite = int(cast.isinf().sum())
-    if infinite and infinite > int(value.isinf().sum()):
-        raise ValueError(
-            f"{name} has values beyond float16's largest, {torch.finfo(torch.float16).max:.0f}: "
-            "load it as bfloat16 or float32"
-        )
 
 
 def common_dtype(tensors: dict[str, torch.Tensor], default: torch.dtype) -> torch.dtype:

@@ -199,7 +199,7 @@ class PretrainedMixin(PeftConfigMixin, _Model):
                 "max_shard_size": max_shard_size,
             }
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
-        if self.has_peft_layers:
+        if hasattr(self, "peft_config"):
             raise ValueError(
                 "a PeftModel added adapters to this model: save that, or the model after its "
                 "merge_and_unload()"

@@ -139,15 +139,6 @@ def row_norms(weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=kind)
 
 
-def check_merged(name: str, weight: torch.Tensor, merged: torch.Tensor) -> None:
-    """Raise ValueError if the update makes values of a float16 weight infinite."""
-    if merged.isinf().sum() > weight.isinf().sum():
-        raise ValueError(
-            f"{name}.weight with its adapter merged has values beyond float16's largest, "
-            f"{torch.finfo(torch.float16).max:.0f}: merge in bfloat16 or float32"
-        )
-
-
 def check_adapter(rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Raise TypeError or ValueError for an invalid rank, alpha or dropout."""
     check_count("rank", rank)

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllama.device import in_range
 from mllama.lora.adapter import (
     DEFAULT,
     FIELDS,
     Adapter,
     Magnitude,
     check_adapter,
-    check_merged,
     check_name,
     dense_weight,
     matrix_of,
@@ -304,8 +304,7 @@ class Linear_LORA(AdaptedLinear):
         Raises:
             ValueError: a child is not a plain linear layer, or float16 cannot hold the sum.
         """
-        self.check_mergeable("this layer")
-        self.merged_weight = self._sum().detach()
+        self.merged_weight = self.summed("this layer").detach()
 
     def unmerge(self) -> None:
         """Drop the merged weight."""
@@ -318,14 +317,13 @@ class Linear_LORA(AdaptedLinear):
         """
         if not self.active:
             return self.linear
-        self.check_mergeable("this layer")
-        self.linear.weight = nn.Parameter(self._sum().detach(), requires_grad=False)
+        self.linear.weight = nn.Parameter(self.summed("this layer").detach(), requires_grad=False)
         self.linear.__dict__["holds_adapter"] = True
         return self.linear
 
     def check_mergeable(self, name: str) -> None:
         """Raise ValueError unless `linear` and the adapter are plain linear layers, so that the
-        update can be added to the weight, and float16 can hold the sum, if that is its dtype.
+        update can be added to the weight.
         """
         for child in ("linear", "lora_a", "lora_b"):
             module = getattr(self, child)
@@ -334,8 +332,11 @@ class Linear_LORA(AdaptedLinear):
                     f"{name} cannot be merged: its {child}, a {type(module).__name__}, has hooks "
                     "or a forward of its own"
                 )
-        if self.active and self.linear.weight.dtype == torch.float16:
-            check_merged(name, self.linear.weight, self._sum())
+
+    def summed(self, name: str) -> torch.Tensor:
+        """The merged weight. Raises ValueError as `merge`, of the layer by this name."""
+        self.check_mergeable(name)
+        return in_range(f"{name}.weight with its adapter merged", self.linear.weight, self._sum())
 
     def _sum(self) -> torch.Tensor:
         """[out_dim, in_dim] in W's dtype: the merged weight, rounded once."""

@@ -40,8 +40,7 @@ def activate_lora(model: nn.Module, name: str) -> None:
         RuntimeError: another thread relies on the adapter in use, within `lora_active` or a call.
     """
     _check(model, name)
-    if is_sharded(model):
-        raise ValueError("this model is sharded: activate an adapter before sharding")
+    _check_whole(model)
     with turn(model, lambda: name != active_name(model)):
         use_adapter(model, name)
 
@@ -62,25 +61,25 @@ def lora_active(model: nn.Module, name: str | None) -> Iterator[None]:
             yield
         return
     layers = _check(model, name)
-    with turn(model, lambda: name != active_name(model)):
-        before = active_name(model)
-        if name == before:
+    with turn(model, lambda: name != active_name(model)) as changes:
+        if not changes:
             yield
             return
+        _check_whole(model)
         trained = {
             parameter: parameter.requires_grad
             for layer in layers.values()
             for adapter in layer.adapters().values()
             for parameter in parts_of(adapter).values()
         }
-        outside = adapter_state()
-        activate_lora(model, name)
+        before, outside = str(active_name(model)), adapter_state()
+        use_adapter(model, name)
         inside = name_state(outside, (id(model), name))
         try:
             yield
         finally:
             unchanged = adapter_state() == inside
-            activate_lora(model, str(before))
+            use_adapter(model, before)
             for parameter, requires_grad in trained.items():
                 parameter.requires_grad_(requires_grad)
             if unchanged:
@@ -179,9 +178,14 @@ def _check(model: nn.Module, name: str) -> dict[str, Linear_LORA]:
     layers = needed_lora_layers(model)
     if not isinstance(name, str):
         raise TypeError(f"an adapter's name must be a str, got {type(name).__name__}")
-    if name not in lora_names(model):
+    if not any(name in layer.adapters() for layer in layers.values()):
         raise ValueError(f"there is no adapter {name!r}; the model has {lora_names(model)}")
     return layers
+
+
+def _check_whole(model: nn.Module) -> None:
+    if is_sharded(model):
+        raise ValueError("this model is sharded: activate an adapter before sharding")
 
 
 def _check_weights(weights: Sequence[float], names: Sequence[str]) -> None:

@@ -129,4 +129,6 @@ def _mergeable(model: nn.Module) -> list[Linear_LORA]:
     layers = needed_lora_layers(model)
     for name, layer in layers.items():
         layer.check_mergeable(name)
+        if layer.active and layer.linear.weight.dtype == torch.float16:
+            layer.summed(name)  # raises where it is out of range
     return list(layers.values())

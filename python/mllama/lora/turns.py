@@ -13,9 +13,10 @@ _OPEN: WeakKeyDictionary[nn.Module, list[tuple[int, bool]]] = WeakKeyDictionary(
 
 
 @contextmanager
-def turn(model: nn.Module, changes: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def turn(model: nn.Module, changes: Callable[[], bool] = lambda: False) -> Iterator[bool]:
     """Context manager: this thread relies on the adapter that the model has in use, and changes it
-    if `changes` says so. Which one it is belongs to the model, not to a thread.
+    if `changes` says so, which the context gives. Which one it is belongs to the model, not to a
+    thread.
 
     Raises:
         RuntimeError: another thread relies on it meanwhile, and one of the two changes it.
@@ -30,7 +31,7 @@ def turn(model: nn.Module, changes: Callable[[], bool] = lambda: False) -> Itera
             )
         contexts.append((thread, changed))
     try:
-        yield
+        yield changed
     finally:
         with _LOCK:
             contexts.remove((thread, changed))

@@ -22,6 +22,7 @@ if hasattr(os, "register_at_fork"):
     # forever: in torch's operators too. core/threads.h does the same for ours.
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ONCE = "mllama's operators can be differentiated once"
 
 
 def use_kernel(operator: str, x: torch.Tensor) -> bool:
@@ -153,7 +154,7 @@ def register(
     check: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-    why: str = "mllama's operators can be differentiated once",
+    why: str = _ONCE,
 ) -> Any:
     """Register fake and autograd formula of the compiled operator `mllama::name`; return the
     function that calls it, or None if operators are disabled.
@@ -256,7 +257,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        _no_derivative(ctx.name, "mllama's operators can be differentiated once")(ctx, *grads)
+        _no_derivative(ctx.name, _ONCE)(ctx, *grads)
 
 
 def _no_derivative(name: str, why: str) -> Callable:

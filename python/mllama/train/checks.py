@@ -244,11 +244,12 @@ def _label_problem(model: Any, batch: Batch) -> tuple[str | None, str]:
     trained = labels != IGNORED
     vocabulary, mask = model.spec.text.vocab_size, batch.get("attention_mask")
     real = torch.ones_like(trained) if mask is None else mask != 0
+    placeholders = _placeholders(model, batch)
     rules = {
         "labels outside of the vocabulary": trained & ((labels < 0) | (labels >= vocabulary)),
         "labels that are not the ids they stand at": trained & (labels != ids),
         "labels on padding": trained & ~real,
-        "labels on image placeholders": trained & _placeholders(model, batch),
+        "labels on image placeholders": trained & placeholders,
         "labels on first tokens of packed examples": trained & _first_tokens(batch),
     }
     for what, wrong in rules.items():
@@ -258,7 +259,7 @@ def _label_problem(model: Any, batch: Batch) -> tuple[str | None, str]:
     shares = (trained[:, 1:].sum(1) / real.sum(1)).tolist()
     if 0.0 in shares:
         return f"row {shares.index(0.0)} has nothing to train on", ""
-    text = real & ~_placeholders(model, batch)
+    text = real & ~placeholders
     if bool((whole := (trained | ~text)[:, 1:].all(1)).any()):
         row = whole.nonzero()[0].item()
         return f"every token of row {row} is trained, the prompts too", ""
